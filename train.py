@@ -1,0 +1,396 @@
+"""Train the two networks: one loop, by hand.
+
+    python train.py cnn                        the CNN from scratch: 64 x 64 crops, 100 epochs, best weights kept
+    python train.py resnet18                   ImageNet weights, all frozen but a new last layer, 5 epochs
+    python train.py resnet18 --unfreeze        the same, every layer trained
+    python train.py mobilenet_v2 --weights mobilenet_v2-imagenet-features.pth
+
+Everything lands in runs/<name>/: log.csv (a row per epoch), curves.png, best.pt (highest validation accuracy),
+last.pt (all that is needed to go on), config.json and, at the end, result.json. The same command after an
+interruption goes on from the last epoch; after the last epoch it does nothing.
+"""
+
+import argparse
+import csv
+import ctypes
+import io
+import json
+import platform
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageDraw, ImageFont
+
+import data
+import models
+
+LABEL_SMOOTHING = 0.1
+# What is trained decides the recipe. crop: px, of the random crops; size: px, of evaluation and of stored features.
+RECIPES = {
+    "scratch": dict(epochs=100, crop=64, size=128, batch_size=64, lr=0.1, weight_decay=5e-4),
+    "head": dict(epochs=5, crop=0, size=192, batch_size=64, lr=0.5, weight_decay=0.0),
+    "unfreeze": dict(epochs=5, crop=160, size=160, batch_size=64, lr=0.01, weight_decay=5e-4),
+}
+
+
+class TrainError(Exception):
+    """Something the user can mend; the message is one sentence that says what and how."""
+
+
+# ---------------------------------------------------------------- device and precision
+
+
+class Precision(NamedTuple):
+    """How a device computes: autocast's type (None: float32), a GradScaler or not, the layout of images."""
+
+    dtype: torch.dtype | None
+    scale: bool
+    memory_format: torch.memory_format
+
+
+def choose_device(name):
+    """The torch.device called `name`; "auto" takes the best there is. Raises TrainError."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise TrainError(f"there is no device {name!r} here: use --device cpu, cuda, mps or auto "
+                         f"({str(error).splitlines()[0][:80]})") from error
+    return device
+
+
+def choose_precision(device):
+    """Mixed precision where the hardware computes it natively, float32 elsewhere."""
+    if device.type == "cuda":
+        native = torch.cuda.get_device_capability(device) >= (8, 0)  # below, bfloat16 is emulated
+        return Precision(torch.bfloat16 if native else torch.float16, not native, torch.channels_last)
+    if device.type == "cpu":
+        native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+        return Precision(torch.bfloat16 if native else None, False, torch.channels_last)
+    return Precision(None, False, torch.contiguous_format)  # MPS: channels-last gave wrong gradients, pytorch#175189
+
+
+def keep_memory():
+    """glibc hands every large tensor back to the kernel and gets it anew, page by page; keeping it saves a third
+    of an epoch on a CPU and half of a pass through a frozen network."""
+    if platform.libc_ver()[0] == "glibc":
+        libc, M_TRIM_THRESHOLD, M_MMAP_MAX = ctypes.CDLL(None), -1, -4
+        libc.mallopt(M_MMAP_MAX, 0)
+        libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+
+
+# ---------------------------------------------------------------- the mathematics of training
+
+
+def one_cycle(step, steps, warmup=0.2):
+    """The learning rate at `step` of `steps` as a share of its peak: linearly up, then linearly down to zero."""
+    rise = warmup * steps
+    return (step + 1) / (rise + 1) if step < rise else (steps - step) / (steps - rise)
+
+
+def parameter_groups(network, weight_decay):
+    """Weight decay for the matrices and filters; none for the norms and biases, which it would only distort."""
+    parameters = [p for p in network.parameters() if p.requires_grad]
+    return [dict(params=[p for p in parameters if p.ndim > 1], weight_decay=weight_decay),
+            dict(params=[p for p in parameters if p.ndim <= 1], weight_decay=0.0)]  # fmt: skip
+
+
+def train_epoch(network, batches, rates, optimizer, scaler, precision):
+    """Train `network` on one epoch of (x, labels), x images or features, with a learning rate for each step.
+
+    Returns the losses (steps,) on the device, and how many photos were right, of how many.
+    """
+    network.train()
+    losses, correct, seen = [], 0, 0
+    for (x, labels), rate in zip(batches, rates, strict=True):
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        with torch.autocast(x.device.type, precision.dtype, enabled=precision.dtype is not None):
+            logits = network(x)
+        loss = F.cross_entropy(logits.float(), labels, label_smoothing=LABEL_SMOOTHING)
+        scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+        losses.append(loss.detach())  # numbers stay on the device: asking for them would wait for it
+        correct = correct + (logits.argmax(1) == labels).sum()
+        seen += len(labels)
+    return torch.stack(losses), int(correct), seen
+
+
+@torch.no_grad()
+def evaluate(network, batches, precision):
+    """Mean cross-entropy and accuracy, 0 to 1, of `network` in evaluation mode."""
+    network.eval()
+    loss, correct, seen = 0.0, 0, 0
+    for x, labels in batches:
+        with torch.autocast(x.device.type, precision.dtype, enabled=precision.dtype is not None):
+            logits = network(x)
+        loss = loss + F.cross_entropy(logits.float(), labels, reduction="sum")
+        correct = correct + (logits.argmax(1) == labels).sum()
+        seen += len(labels)
+    return float(loss) / seen, int(correct) / seen
+
+
+# ---------------------------------------------------------------- frozen: photos become their features
+
+
+@torch.no_grad()
+def stored_features(network, photos, size, precision, mirror=False):
+    """What the frozen part of `network` says of every photo: (N, C) float32, averaged over the map.
+
+    With everything frozen but the last layer this is all that training ever asks of a photo, in any epoch.
+    Batches are small so that what flows between two layers stays in the processor's cache.
+    """
+    frozen, stored, started = models.fold_norms(network).features, [], time.time()
+    device = photos.labels.device
+    batch_size = 16 if device.type == "cpu" else 256
+    for x, _ in data.eval_batches(photos, size, batch_size, flip=mirror):
+        with torch.autocast(device.type, precision.dtype, enabled=precision.dtype is not None):
+            stored.append(frozen(x).float().mean((2, 3)))
+        done = min(len(stored) * batch_size, len(photos))
+        data.progress(f"features{' of the mirror images' if mirror else ''}:", done, len(photos), started, "photos")
+    return torch.cat(stored)
+
+
+def feature_batches(features, labels, batch_size, generator):
+    """One epoch of stored features (2, N, C), each photo once, as it is or mirrored: yields (x, labels)."""
+    order = torch.randperm(len(labels), generator=generator)
+    side = torch.randint(2, (len(labels),), generator=generator)
+    for index in order.split(batch_size):
+        yield features[side[index].to(features.device), index.to(features.device)], labels[index.to(labels.device)]
+
+
+# ---------------------------------------------------------------- a run: its files, its place in time
+
+
+def draw_curves(rows, path, width=900, height=380):
+    """Loss and accuracy of every epoch as two small diagrams, with PIL."""
+    image = Image.new("RGB", (width, height), "white")
+    pen, font = ImageDraw.Draw(image), ImageFont.load_default(15)
+    colours = {"train": (0, 114, 178), "val": (213, 94, 0)}  # blue and vermilion: distinct to colour-blind eyes
+    for panel, quantity in enumerate(("loss", "accuracy")):
+        left, top, right, bottom = panel * width // 2 + 60, 50, (panel + 1) * width // 2 - 20, height - 50
+        top_value = 1.0 if quantity == "accuracy" else max(max(r["train_loss"], r["val_loss"]) for r in rows)
+        pen.text((left, 16), quantity, "black", font)
+        for tick in range(5):
+            y = bottom - (bottom - top) * tick / 4
+            pen.line((left, y, right, y), (225, 225, 225))
+            label = f"{tick / 4:.0%}" if quantity == "accuracy" else f"{top_value * tick / 4:.2f}"
+            pen.text((left - 8, y), label, "black", font, anchor="rm")
+        for number, (split, colour) in enumerate(colours.items()):
+            values = [float(r[f"{split}_{quantity}"]) for r in rows]
+            xs = [left + (right - left) * (i + 1) / len(values) for i in range(len(values))]
+            line = [(x, bottom - (bottom - top) * min(v / top_value, 1)) for x, v in zip(xs, values, strict=True)]
+            pen.line(line, colour, 2, joint="curve")
+            pen.ellipse((line[-1][0] - 3, line[-1][1] - 3, line[-1][0] + 3, line[-1][1] + 3), colour)
+            pen.text((right - 110 + 60 * number, 16), split, colour, font)
+        pen.text((right, bottom + 8), f"epoch {rows[-1]['epoch']}", "black", font, anchor="ra")
+        pen.text((left, bottom + 8), "0", "black", font)
+    with models.atomic(path) as file:
+        image.save(file, "PNG")
+
+
+def write_text(path, text):
+    with models.atomic(path) as file:
+        file.write(text.encode())
+
+
+def as_csv(rows):
+    """A list of dicts of the same keys as the text of a CSV file."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, rows[0])
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
+
+
+def resume(path, settings):
+    """The state in `path` (last.pt), or None where a run begins. Raises TrainError where it is another run's."""
+    if not path.exists():
+        return None
+    state = models.read(path)
+    old = state["settings"]
+    differ = [f"{k} {old.get(k)} there, {settings.get(k)} here" for k in {**old, **settings} if old.get(k) != settings.get(k)]
+    if differ:
+        raise TrainError(f"{path.parent} holds a run of other settings ({'; '.join(differ)}): repeat them to go on "
+                         "with it, give this one a --name of its own, or remove the folder")
+    return state
+
+
+def parse_arguments(arguments=None):
+    parser = argparse.ArgumentParser(description="Train the CNN from scratch, or fine-tune an ImageNet network.",
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)  # fmt: skip
+    of_recipe = "of the recipe"
+    add = parser.add_argument
+    add("arch", help="cnn, resnet18, or another torchvision network that CAM is exact for")
+    add("--data", default="data/imagenette2-160", help="ImageNette folder or .tgz")
+    add("--weights", help="'imagenet' (download), 'none' (random), or a file in torchvision's format; "
+        "by default 'imagenet' for every network but the cnn")
+    add("--unfreeze", action="store_true", help="train every layer, not the last one alone")
+    add("--epochs", type=positive, help=of_recipe)
+    add("--crop", type=positive, help="training crop, px; " + of_recipe)
+    add("--plain-crop", action="store_true", help="crops at the photo's own scale, instead of random resized ones")
+    add("--size", type=positive, help="side of the photos in evaluation, px; " + of_recipe)
+    add("--batch-size", type=positive, help=of_recipe)
+    add("--lr", type=float, help="peak learning rate; " + of_recipe)
+    add("--holdout", type=float, default=0.0, help="share of train to validate on instead of val, to choose settings by")
+    add("--seed", type=int, default=0, help="decides initial weights, order and crops")
+    add("--device", default="auto", help="cpu, cuda, mps or auto")
+    add("--runs", default="runs", help="where results go")
+    add("--name", help="folder in --runs; by default the network's name")
+    add("--skip-bad", action="store_true", help="leave damaged photos out")
+    add("--dry-run", action="store_true", help="two batches an epoch, one epoch, everything written, as <name>-dry-run")
+    options = parser.parse_args(arguments)
+    options.kind = "scratch" if options.arch == "cnn" else "unfreeze" if options.unfreeze else "head"
+    for key, value in RECIPES[options.kind].items():
+        if getattr(options, key, None) is None:
+            setattr(options, key, value)
+    options.weights = options.weights or (None if options.arch == "cnn" else "imagenet")
+    options.name = (options.name or options.arch) + "-dry-run" * options.dry_run
+    options.epochs = 1 if options.dry_run else options.epochs
+    if not 0 <= options.holdout < 1:
+        parser.error("--holdout is a share of the training photos, 0 to 1")
+    return options
+
+
+def positive(text):
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not 1 or more")
+    return value
+
+
+def prepare_photos(options, device):
+    """The photos to train on and those to validate on, on `device` where they fit."""
+    folder = data.prepare(options.data)
+    train = data.load(folder, "train", options.skip_bad)
+    if options.holdout:
+        order = torch.randperm(len(train), generator=torch.Generator().manual_seed(0))  # the same for every seed
+        cut = max(1, round(options.holdout * len(train)))
+        train, val = train.subset(order[cut:].sort().values), train.subset(order[:cut].sort().values)
+    else:
+        val = data.load(folder, "val", options.skip_bad)
+    if options.dry_run:
+        train, val = (p.subset(torch.arange(len(p))[:: max(1, len(p) // (2 * options.batch_size))]
+                               [: 2 * options.batch_size]) for p in (train, val))  # fmt: skip
+    return train.to(device), val.to(device)
+
+
+def make_batches(options, network, train, val, precision):
+    """What to train, and how to get an epoch of batches for it: (module, train_batches(generator), val_batches())."""
+    if options.kind != "head":
+        def train_batches(generator):
+            return data.train_batches(train, options.crop, options.batch_size, generator, plain=options.plain_crop)
+
+        def val_batches():
+            return data.eval_batches(val, options.size, 128)
+
+        return network, train_batches, val_batches
+
+    network.features.requires_grad_(False)
+    features = torch.stack([stored_features(network, train, options.size, precision, mirror) for mirror in (False, True)])
+    val_features = stored_features(network, val, options.size, precision)
+    return (network.head, lambda generator: feature_batches(features, train.labels, options.batch_size, generator),
+            lambda: [(val_features, val.labels)])  # fmt: skip
+
+
+def train(options):
+    """The whole of a run, or the rest of it."""
+    keep_memory()
+    device = choose_device(options.device)
+    precision = choose_precision(device)
+    folder = Path(options.runs) / options.name
+    photos, val = prepare_photos(options, device)
+    settings = {k: getattr(options, k) for k in ("arch", "weights", "unfreeze", "epochs", "crop", "plain_crop", "size",
+                                                 "batch_size", "lr", "weight_decay", "holdout", "seed")}  # fmt: skip
+    settings["photos"] = [len(photos), len(val)]
+    state = None if options.dry_run else resume(folder / "last.pt", settings)
+    if state and state["epoch"] == options.epochs:
+        return print(f"{folder}: all {options.epochs} epochs are done, best {state['best']:.2%}; nothing to do")
+    folder.mkdir(parents=True, exist_ok=True)
+
+    torch.manual_seed(options.seed)
+    network = models.build(options.arch, len(data.CLASSES), None if options.weights == "none" else options.weights)
+    network = network.to(device, memory_format=precision.memory_format)
+    if state:
+        network.load_state_dict(state["network"])
+    module, train_batches, val_batches = make_batches(options, network, photos, val, precision)
+    optimizer = torch.optim.SGD(parameter_groups(module, options.weight_decay), options.lr, momentum=0.9, nesterov=True)
+    scaler = torch.amp.GradScaler(device.type, enabled=precision.scale)
+    rows, best = [], 0.0
+    if state:
+        optimizer.load_state_dict(state["optimizer"])
+        scaler.load_state_dict(state["scaler"])
+        rows, best = state["rows"], state["best"]
+    sizes = [p.numel() for p in network.parameters()]
+    kind = str(precision.dtype or torch.float32).removeprefix("torch.")
+    write_text(folder / "config.json", json.dumps(
+        dict(settings, device=device.type, precision=kind, torch=torch.__version__, threads=torch.get_num_threads(),
+             parameters=sum(sizes)), indent=1))  # fmt: skip
+    print(f"{folder}: {options.arch}, {sum(sizes) / 1e6:.1f} million parameters, {device.type}, {kind}, "
+          f"{len(photos):,} photos to train on, {len(val):,} to validate on"
+          + (f"; going on after epoch {len(rows)}" if rows else ""))
+
+    steps_an_epoch = sum(1 for _ in torch.arange(len(photos)).split(options.batch_size)) - (
+        len(photos) % options.batch_size == 1)  # fmt: skip
+    for epoch in range(len(rows), options.epochs):
+        started = time.time()
+        torch.manual_seed(options.seed * 100_003 + epoch)  # all randomness of an epoch follows from its number
+        generator = torch.Generator().manual_seed(options.seed * 100_003 + epoch)
+        rates = [options.lr * one_cycle(epoch * steps_an_epoch + i, options.epochs * steps_an_epoch)
+                 for i in range(steps_an_epoch)]  # fmt: skip
+        losses, correct, seen = train_epoch(module, train_batches(generator), rates, optimizer, scaler, precision)
+        if not losses.isfinite().all():
+            step = int((~losses.isfinite()).nonzero()[0])
+            raise TrainError(f"the loss is not finite in epoch {epoch + 1}, step {step + 1}: use a smaller --lr; "
+                             f"{folder}/last.pt is still that of epoch {epoch}")
+        train_seconds = time.time() - started
+        val_loss, val_accuracy = evaluate(module, val_batches(), precision)
+        rows.append(dict(epoch=epoch + 1, train_loss=round(float(losses.mean()), 4), train_accuracy=round(correct / seen, 4),
+                         val_loss=round(val_loss, 4), val_accuracy=round(val_accuracy, 4), lr=round(rates[0], 6),
+                         images_per_second=round(seen / train_seconds), seconds=round(time.time() - started, 1)))
+        facts = dict(arch=options.arch, classes=list(data.CLASSES.values()), mean=data.MEAN, std=data.STD,
+                     size=options.size, settings=settings, epoch=epoch + 1, accuracy=val_accuracy)
+        is_best = val_accuracy > best
+        if is_best:
+            best = val_accuracy
+            models.save(folder / "best.pt", network, **facts)
+        models.write(folder / "last.pt", dict(settings=settings, epoch=epoch + 1, rows=rows, best=best,
+                                              network=network.state_dict(), optimizer=optimizer.state_dict(),
+                                              scaler=scaler.state_dict()))
+        write_text(folder / "log.csv", as_csv(rows))
+        draw_curves(rows, folder / "curves.png")
+        left = (options.epochs - epoch - 1) * (time.time() - started)
+        print(f"epoch {epoch + 1:3d}/{options.epochs}  loss {rows[-1]['train_loss']:.3f}  train {correct / seen:6.2%}  "
+              f"val {val_accuracy:6.2%}{' *' if is_best else '  '}  {rows[-1]['images_per_second']:,} images/s  "
+              f"{left // 60:.0f}:{left % 60:02.0f} left", flush=True)
+    write_text(folder / "result.json", json.dumps(dict(
+        best_accuracy=best, best_epoch=max(rows, key=lambda r: r["val_accuracy"])["epoch"],
+        final_accuracy=rows[-1]["val_accuracy"], seconds=round(sum(r["seconds"] for r in rows))), indent=1))
+    print(f"{folder}: best {best:.2%}, last epoch {rows[-1]['val_accuracy']:.2%} (best.pt, log.csv, curves.png)")
+
+
+def main():
+    options = parse_arguments()
+    signal.signal(signal.SIGTERM, lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    try:
+        train(options)
+    except KeyboardInterrupt:
+        print("train.py: stopped; the epochs that were finished are saved, and the same command goes on from there",
+              file=sys.stderr)
+        sys.exit(130)
+    except (TrainError, data.DataError, models.ModelError, OSError) as error:
+        print(f"train.py: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()
