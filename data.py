@@ -15,14 +15,11 @@ A crop is a box in pixels, and cropping, resizing and mirroring a whole batch is
 (see `resample`). This file imports nothing of the project: copy it alone and it works.
 """
 
-import argparse
 import contextlib
 import gzip
 import hashlib
 import http.client
-import itertools
 import json
-import math
 import os
 import shutil
 import sys
@@ -302,6 +299,16 @@ class Photos:
         return Photos(*(t.to(device) for t in tensors), self.names)
 
 
+def from_arrays(images, labels=None):
+    """Photos of uint8 tensors or arrays (H, W, 3), of any sizes, kept in memory; label 0 unless given."""
+    images = [torch.as_tensor(image) for image in images]
+    height, width = (torch.tensor([image.shape[d] for image in images]) for d in (0, 1))
+    start = torch.cumsum(height * width, 0) - height * width
+    labels = torch.zeros_like(start) if labels is None else torch.as_tensor(labels)
+    return Photos(torch.cat([image.reshape(-1, 3) for image in images]), start, height, width, labels,
+                  [str(i) for i in range(len(images))])
+
+
 def load(folder, split, skip_bad=False):
     """The `split` ("train" or "val") of an ImageNette folder as `Photos`, decoding it if nobody has yet.
 
@@ -322,7 +329,7 @@ def load(folder, split, skip_bad=False):
             pack(folder / split, paths, packed, key, skip_bad)
             index = read_index(packed)
     if index["bad"]:
-        print(f"{folder / split}: {len(index['bad'])} damaged photos left out, {index['bad'][0]} first", file=sys.stderr)
+        print(f"{folder / split}: {len(index['bad'])} damaged photos left out, {index['bad'][0]}...", file=sys.stderr)
     pixels = torch.from_numpy(np.memmap(packed, np.uint8, "c", shape=(index["pixels"], 3)))  # "c": never written back
     height, width = torch.tensor(index["sizes"]).T.contiguous()
     start = torch.cumsum(height * width, 0) - height * width
@@ -422,11 +429,11 @@ def random_boxes(photos, index, generator, area=(0.25, 1.0), ratio=4 / 3):
     """Random resized crops (Szegedy et al. 2015): boxes (B, 4) of a share `area` of each photo, width : height
     between 1/ratio and ratio, anywhere in it."""
     height, width = photos.height[index].float(), photos.width[index].float()
-    area_, ratio_, y, x = torch.rand(4, len(index), generator=generator).to(height.device)
-    pixels = (area[0] + (area[1] - area[0]) * area_) * height * width
-    ratio_ = ratio ** (2 * ratio_ - 1)
-    box_height, box_width = torch.minimum((pixels / ratio_).sqrt(), height), torch.minimum((pixels * ratio_).sqrt(), width)
-    return torch.stack([y * (height - box_height), x * (width - box_width), box_height, box_width], 1)
+    u, v, y, x = torch.rand(4, len(index), generator=generator).to(height.device)
+    pixels = (area[0] + (area[1] - area[0]) * u) * height * width
+    aspect = ratio ** (2 * v - 1)
+    h, w = torch.minimum((pixels / aspect).sqrt(), height), torch.minimum((pixels * aspect).sqrt(), width)
+    return torch.stack([y * (height - h), x * (width - w), h, w], 1)
 
 
 def plain_boxes(photos, index, size, generator):
@@ -434,8 +441,8 @@ def plain_boxes(photos, index, size, generator):
     small = (torch.minimum(photos.height, photos.width) < size).nonzero()
     if len(small):
         i = int(small[0])
-        raise DataError(f"{photos.names[i]} has {int(photos.width[i])} x {int(photos.height[i])} pixels, fewer than the "
-                        f"{size} x {size} crop: use a smaller --crop, or leave --plain-crop out")
+        raise DataError(f"{photos.names[i]} has {int(photos.width[i])} x {int(photos.height[i])} pixels, fewer than "
+                        f"the {size} x {size} crop: use a smaller --crop, or leave --plain-crop out")
     y, x = torch.rand(2, len(index), generator=generator).to(photos.height.device)
     room_y, room_x = photos.height[index] - size, photos.width[index] - size
     side = torch.full_like(y, size)
@@ -443,18 +450,21 @@ def plain_boxes(photos, index, size, generator):
                         side, side], 1)
 
 
+def shuffled(count, batch_size, generator):
+    """The numbers 0 to count - 1 in random order, as batches; a last batch of one alone, whose variance batch
+    normalisation could not tell, is left out."""
+    batches = torch.randperm(count, generator=generator).split(batch_size)
+    return [index for index in batches if len(index) > 1 or batch_size == 1]
+
+
 def train_batches(photos, size, batch_size, generator, area=(0.25, 1.0), plain=False):
     """One epoch: every photo once, shuffled, randomly cropped and mirrored; yields (images, labels).
 
     images: (B, 3, size, size) float32, normalised; labels: (B,) int64, both where `photos` is. plain: a
     size x size piece of the photo as it is, instead of a random resized crop. The generator (on the CPU)
-    decides everything. The last batch may be smaller, and is left out if it has a single photo, which
-    batch normalisation cannot use.
+    decides everything.
     """
-    order = torch.randperm(len(photos), generator=generator)
-    for index in order.split(batch_size):
-        if len(index) == 1 < len(photos):
-            continue
+    for index in shuffled(len(photos), batch_size, generator):
         if plain:
             boxes = plain_boxes(photos, index, size, generator)
         else:
@@ -472,3 +482,23 @@ def eval_batches(photos, size, batch_size, flip=False):
         zero = torch.zeros(len(index), device=index.device)
         boxes = torch.stack([zero, zero, photos.height[index], photos.width[index]], 1)
         yield resample(photos, index, boxes, size, zero == 0 if flip else None), photos.labels[index]
+
+
+def main():
+    parser = argparse.ArgumentParser(description="ImageNette-160: get it, check it, decode it once.")
+    parser.add_argument("source", nargs="?", help="a .tgz or a folder; without it, the public archive is downloaded")
+    parser.add_argument("--root", default="data", help="where archives are unpacked (default: data)")
+    parser.add_argument("--skip-bad", action="store_true", help="leave damaged photos out, and count them")
+    options = parser.parse_args()
+    try:
+        folder = prepare(options.source, options.root)
+        for split in COUNTS:
+            photos = load(folder, split, options.skip_bad)
+            print(f"{folder}/{split}.pixels: {len(photos):,} photos, {photos.pixels.numel() / 1e6:,.0f} MB")
+    except (DataError, OSError) as error:
+        print(f"data.py: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

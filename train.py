@@ -38,6 +38,10 @@ RECIPES = {
 }
 
 
+SETTINGS = {"arch", "weights", "unfreeze", "epochs", "crop", "plain_crop", "size", "batch_size", "lr", "weight_decay",
+            "holdout", "seed"}  # a run may be continued only by one in which all of these are the same
+
+
 class TrainError(Exception):
     """Something the user can mend; the message is one sentence that says what and how."""
 
@@ -51,6 +55,10 @@ class Precision(NamedTuple):
     dtype: torch.dtype | None
     scale: bool
     memory_format: torch.memory_format
+
+    @property
+    def name(self):
+        return str(self.dtype or torch.float32).removeprefix("torch.")
 
 
 def choose_device(name):
@@ -160,14 +168,6 @@ def stored_features(network, photos, size, precision, mirror=False):
     return torch.cat(stored)
 
 
-def feature_batches(features, labels, batch_size, generator):
-    """One epoch of stored features (2, N, C), each photo once, as it is or mirrored: yields (x, labels)."""
-    order = torch.randperm(len(labels), generator=generator)
-    side = torch.randint(2, (len(labels),), generator=generator)
-    for index in order.split(batch_size):
-        yield features[side[index].to(features.device), index.to(features.device)], labels[index.to(labels.device)]
-
-
 # ---------------------------------------------------------------- a run: its files, its place in time
 
 
@@ -218,7 +218,7 @@ def resume(path, settings):
         return None
     state = models.read(path)
     old = state["settings"]
-    differ = [f"{k} {old.get(k)} there, {settings.get(k)} here" for k in {**old, **settings} if old.get(k) != settings.get(k)]
+    differ = [f"{k} {old.get(k)} there, {new} here" for k, new in settings.items() if old.get(k) != new]
     if differ:
         raise TrainError(f"{path.parent} holds a run of other settings ({'; '.join(differ)}): repeat them to go on "
                          "with it, give this one a --name of its own, or remove the folder")
@@ -241,7 +241,7 @@ def parse_arguments(arguments=None):
     add("--size", type=positive, help="side of the photos in evaluation, px; " + of_recipe)
     add("--batch-size", type=positive, help=of_recipe)
     add("--lr", type=float, help="peak learning rate; " + of_recipe)
-    add("--holdout", type=float, default=0.0, help="share of train to validate on instead of val, to choose settings by")
+    add("--holdout", type=float, default=0.0, help="share of train to choose settings by: validates on it, not on val")
     add("--seed", type=int, default=0, help="decides initial weights, order and crops")
     add("--device", default="auto", help="cpu, cuda, mps or auto")
     add("--runs", default="runs", help="where results go")
@@ -253,7 +253,8 @@ def parse_arguments(arguments=None):
     for key, value in RECIPES[options.kind].items():
         if getattr(options, key, None) is None:
             setattr(options, key, value)
-    options.weights = options.weights or (None if options.arch == "cnn" else "imagenet")
+    if options.weights in (None, "none"):
+        options.weights = "imagenet" if options.weights is None and options.arch != "cnn" else None
     options.name = (options.name or options.arch) + "-dry-run" * options.dry_run
     options.epochs = 1 if options.dry_run else options.epochs
     if not 0 <= options.holdout < 1:
@@ -269,113 +270,126 @@ def positive(text):
 
 
 def prepare_photos(options, device):
-    """The photos to train on and those to validate on, on `device` where they fit."""
+    """The photos to train on and those to validate on, in the memory of `device`."""
     folder = data.prepare(options.data)
-    train = data.load(folder, "train", options.skip_bad)
+    photos = data.load(folder, "train", options.skip_bad)
     if options.holdout:
-        order = torch.randperm(len(train), generator=torch.Generator().manual_seed(0))  # the same for every seed
-        cut = max(1, round(options.holdout * len(train)))
-        train, val = train.subset(order[cut:].sort().values), train.subset(order[:cut].sort().values)
+        order = torch.randperm(len(photos), generator=torch.Generator().manual_seed(0))  # the same for every --seed
+        cut = max(1, round(options.holdout * len(photos)))
+        photos, val = photos.subset(order[cut:]), photos.subset(order[:cut])
     else:
         val = data.load(folder, "val", options.skip_bad)
     if options.dry_run:
-        train, val = (p.subset(torch.arange(len(p))[:: max(1, len(p) // (2 * options.batch_size))]
-                               [: 2 * options.batch_size]) for p in (train, val))  # fmt: skip
-    return train.to(device), val.to(device)
+        photos, val = (p.subset(torch.randperm(len(p))[: 2 * options.batch_size]) for p in (photos, val))
+    return photos.to(device), val.to(device)
 
 
-def make_batches(options, network, train, val, precision):
-    """What to train, and how to get an epoch of batches for it: (module, train_batches(generator), val_batches())."""
+def make_batches(options, network, photos, val, precision):
+    """What to train, and where an epoch of batches for it comes from: (module, train_batches, val_batches).
+
+    train_batches(generator) and val_batches() each yield (x, labels) for `module`. Where all but the last layer is
+    frozen, the module is the last layer and x are stored features; else it is the network and x are images.
+    """
     if options.kind != "head":
         def train_batches(generator):
-            return data.train_batches(train, options.crop, options.batch_size, generator, plain=options.plain_crop)
+            return data.train_batches(photos, options.crop, options.batch_size, generator, plain=options.plain_crop)
 
-        def val_batches():
-            return data.eval_batches(val, options.size, 128)
-
-        return network, train_batches, val_batches
+        return network, train_batches, lambda: data.eval_batches(val, options.size, 128)
 
     network.features.requires_grad_(False)
-    features = torch.stack([stored_features(network, train, options.size, precision, mirror) for mirror in (False, True)])
+    features = [stored_features(network, photos, options.size, precision, mirror) for mirror in (False, True)]
+    features = torch.stack(features)  # (2, N, C)
     val_features = stored_features(network, val, options.size, precision)
-    return (network.head, lambda generator: feature_batches(features, train.labels, options.batch_size, generator),
-            lambda: [(val_features, val.labels)])  # fmt: skip
+
+    def feature_batches(generator):  # each photo once, as it is or mirrored
+        for index in data.shuffled(len(photos), options.batch_size, generator):
+            side = torch.randint(2, (len(index),), generator=generator)
+            index, side = index.to(features.device), side.to(features.device)
+            yield features[side, index], photos.labels[index]
+
+    return network.head, feature_batches, lambda: [(val_features, val.labels)]
+
+
+def save_epoch(folder, options, settings, network, optimizer, scaler, rows):
+    """Write what an epoch leaves behind, each file whole or not at all; best.pt only where this one is the best."""
+    accuracy = [row["val_accuracy"] for row in rows]
+    is_best = accuracy[-1] > max(accuracy[:-1], default=-1)
+    if is_best:
+        models.save(folder / "best.pt", network, arch=options.arch, classes=list(data.CLASSES.values()),
+                    mean=data.MEAN, std=data.STD, size=options.size, settings=settings, epoch=len(rows),
+                    accuracy=accuracy[-1])  # fmt: skip
+    models.write(folder / "last.pt", dict(settings=settings, rows=rows, network=network.state_dict(),
+                                          optimizer=optimizer.state_dict(), scaler=scaler.state_dict()))
+    write_text(folder / "log.csv", as_csv(rows))
+    draw_curves(rows, folder / "curves.png")
+    row, left = rows[-1], (options.epochs - len(rows)) * rows[-1]["seconds"]
+    print(f"epoch {len(rows):3d}/{options.epochs}  loss {row['train_loss']:.3f}  train {row['train_accuracy']:6.2%}  "
+          f"val {accuracy[-1]:6.2%}{' *' if is_best else '  '}  {row['images_per_second']:6,} images/s  "
+          f"{left // 60:.0f}:{left % 60:02.0f} left", flush=True)
+
+
+def run_epochs(folder, options, settings, network, batches, state, precision):
+    """Train from where `state` (of last.pt, or None) stands to the last epoch. Returns the rows of the log."""
+    module, train_batches, val_batches = batches
+    optimizer = torch.optim.SGD(parameter_groups(module, options.weight_decay), options.lr, 0.9, nesterov=True)
+    scaler = torch.amp.GradScaler(next(module.parameters()).device.type, enabled=precision.scale)
+    rows = []
+    if state:
+        optimizer.load_state_dict(state["optimizer"])
+        scaler.load_state_dict(state["scaler"])
+        rows = state["rows"]
+    steps = len(data.shuffled(settings["photos"][0], options.batch_size, None))
+    for epoch in range(len(rows), options.epochs):
+        started = time.time()
+        torch.manual_seed(1_000_003 * options.seed + epoch)  # all chance in an epoch follows from its number
+        generator = torch.Generator().manual_seed(1_000_003 * options.seed + epoch)
+        rates = [options.lr * one_cycle(epoch * steps + i, options.epochs * steps) for i in range(steps)]
+        losses, correct, seen = train_epoch(module, train_batches(generator), rates, optimizer, scaler, precision)
+        if not losses.isfinite().all():
+            step = int((~losses.isfinite()).nonzero()[0]) + 1
+            raise TrainError(f"the loss is not finite in epoch {epoch + 1}, step {step}: use a smaller --lr; "
+                             f"what is in {folder} is still of epoch {epoch}")
+        speed = seen / (time.time() - started)
+        val_loss, val_accuracy = evaluate(module, val_batches(), precision)
+        rows.append(dict(epoch=epoch + 1, train_loss=round(float(losses.mean()), 4),
+                         train_accuracy=round(correct / seen, 5), val_loss=round(val_loss, 4),
+                         val_accuracy=round(val_accuracy, 5), lr=round(rates[0], 6),
+                         images_per_second=round(speed), seconds=round(time.time() - started, 1)))  # fmt: skip
+        save_epoch(folder, options, settings, network, optimizer, scaler, rows)
+    return rows
 
 
 def train(options):
-    """The whole of a run, or the rest of it."""
+    """The whole of a run, or what is left of it."""
     keep_memory()
     device = choose_device(options.device)
     precision = choose_precision(device)
     folder = Path(options.runs) / options.name
     photos, val = prepare_photos(options, device)
-    settings = {k: getattr(options, k) for k in ("arch", "weights", "unfreeze", "epochs", "crop", "plain_crop", "size",
-                                                 "batch_size", "lr", "weight_decay", "holdout", "seed")}  # fmt: skip
-    settings["photos"] = [len(photos), len(val)]
+    settings = {k: v for k, v in vars(options).items() if k in SETTINGS} | {"photos": [len(photos), len(val)]}
     state = None if options.dry_run else resume(folder / "last.pt", settings)
-    if state and state["epoch"] == options.epochs:
-        return print(f"{folder}: all {options.epochs} epochs are done, best {state['best']:.2%}; nothing to do")
-    folder.mkdir(parents=True, exist_ok=True)
+    rows = state["rows"] if state else []
 
     torch.manual_seed(options.seed)
-    network = models.build(options.arch, len(data.CLASSES), None if options.weights == "none" else options.weights)
+    network = models.build(options.arch, len(data.CLASSES), options.weights)
     network = network.to(device, memory_format=precision.memory_format)
     if state:
         network.load_state_dict(state["network"])
-    module, train_batches, val_batches = make_batches(options, network, photos, val, precision)
-    optimizer = torch.optim.SGD(parameter_groups(module, options.weight_decay), options.lr, momentum=0.9, nesterov=True)
-    scaler = torch.amp.GradScaler(device.type, enabled=precision.scale)
-    rows, best = [], 0.0
-    if state:
-        optimizer.load_state_dict(state["optimizer"])
-        scaler.load_state_dict(state["scaler"])
-        rows, best = state["rows"], state["best"]
-    sizes = [p.numel() for p in network.parameters()]
-    kind = str(precision.dtype or torch.float32).removeprefix("torch.")
-    write_text(folder / "config.json", json.dumps(
-        dict(settings, device=device.type, precision=kind, torch=torch.__version__, threads=torch.get_num_threads(),
-             parameters=sum(sizes)), indent=1))  # fmt: skip
-    print(f"{folder}: {options.arch}, {sum(sizes) / 1e6:.1f} million parameters, {device.type}, {kind}, "
-          f"{len(photos):,} photos to train on, {len(val):,} to validate on"
-          + (f"; going on after epoch {len(rows)}" if rows else ""))
-
-    steps_an_epoch = sum(1 for _ in torch.arange(len(photos)).split(options.batch_size)) - (
-        len(photos) % options.batch_size == 1)  # fmt: skip
-    for epoch in range(len(rows), options.epochs):
-        started = time.time()
-        torch.manual_seed(options.seed * 100_003 + epoch)  # all randomness of an epoch follows from its number
-        generator = torch.Generator().manual_seed(options.seed * 100_003 + epoch)
-        rates = [options.lr * one_cycle(epoch * steps_an_epoch + i, options.epochs * steps_an_epoch)
-                 for i in range(steps_an_epoch)]  # fmt: skip
-        losses, correct, seen = train_epoch(module, train_batches(generator), rates, optimizer, scaler, precision)
-        if not losses.isfinite().all():
-            step = int((~losses.isfinite()).nonzero()[0])
-            raise TrainError(f"the loss is not finite in epoch {epoch + 1}, step {step + 1}: use a smaller --lr; "
-                             f"{folder}/last.pt is still that of epoch {epoch}")
-        train_seconds = time.time() - started
-        val_loss, val_accuracy = evaluate(module, val_batches(), precision)
-        rows.append(dict(epoch=epoch + 1, train_loss=round(float(losses.mean()), 4), train_accuracy=round(correct / seen, 4),
-                         val_loss=round(val_loss, 4), val_accuracy=round(val_accuracy, 4), lr=round(rates[0], 6),
-                         images_per_second=round(seen / train_seconds), seconds=round(time.time() - started, 1)))
-        facts = dict(arch=options.arch, classes=list(data.CLASSES.values()), mean=data.MEAN, std=data.STD,
-                     size=options.size, settings=settings, epoch=epoch + 1, accuracy=val_accuracy)
-        is_best = val_accuracy > best
-        if is_best:
-            best = val_accuracy
-            models.save(folder / "best.pt", network, **facts)
-        models.write(folder / "last.pt", dict(settings=settings, epoch=epoch + 1, rows=rows, best=best,
-                                              network=network.state_dict(), optimizer=optimizer.state_dict(),
-                                              scaler=scaler.state_dict()))
-        write_text(folder / "log.csv", as_csv(rows))
-        draw_curves(rows, folder / "curves.png")
-        left = (options.epochs - epoch - 1) * (time.time() - started)
-        print(f"epoch {epoch + 1:3d}/{options.epochs}  loss {rows[-1]['train_loss']:.3f}  train {correct / seen:6.2%}  "
-              f"val {val_accuracy:6.2%}{' *' if is_best else '  '}  {rows[-1]['images_per_second']:,} images/s  "
-              f"{left // 60:.0f}:{left % 60:02.0f} left", flush=True)
+    print(f"{folder}: {options.arch}, {sum(p.numel() for p in network.parameters()) / 1e6:.1f} million parameters, "
+          f"{device.type}, {precision.name}, {len(photos):,} photos to train on, {len(val):,} to validate on"
+          + (f"; {len(rows)} of {options.epochs} epochs are done" if rows else ""), flush=True)
+    if len(rows) < options.epochs:
+        folder.mkdir(parents=True, exist_ok=True)
+        here = dict(device=device.type, precision=precision.name, torch=torch.__version__,
+                    threads=torch.get_num_threads())  # fmt: skip
+        write_text(folder / "config.json", json.dumps(settings | here, indent=1))
+        batches = make_batches(options, network, photos, val, precision)
+        rows = run_epochs(folder, options, settings, network, batches, state, precision)
+    best = max(rows, key=lambda row: row["val_accuracy"])
     write_text(folder / "result.json", json.dumps(dict(
-        best_accuracy=best, best_epoch=max(rows, key=lambda r: r["val_accuracy"])["epoch"],
-        final_accuracy=rows[-1]["val_accuracy"], seconds=round(sum(r["seconds"] for r in rows))), indent=1))
-    print(f"{folder}: best {best:.2%}, last epoch {rows[-1]['val_accuracy']:.2%} (best.pt, log.csv, curves.png)")
+        best_accuracy=best["val_accuracy"], best_epoch=best["epoch"], last_accuracy=rows[-1]["val_accuracy"],
+        seconds=round(sum(row["seconds"] for row in rows), 1)), indent=1))  # fmt: skip
+    print(f"{folder}: best {best['val_accuracy']:.2%} (epoch {best['epoch']}), last {rows[-1]['val_accuracy']:.2%}")
 
 
 def main():

@@ -1,0 +1,78 @@
+# Where did the network look?  `make` lists what there is.
+#   Variables: DATA= (a .tgz or a folder)  ARCH= WEIGHTS= EPOCHS= SIZE= DEVICE= SEED= RUNS= BOXES=
+#   PYTHON=python uses an environment that is there already instead of making .venv
+
+ARCH    ?= resnet18
+RUNS    ?= runs
+FIGURES ?= figures
+
+ifdef PYTHON
+ENV :=
+DEV :=
+else
+PYTHON := .venv/bin/python
+ENV := .venv/.runs
+DEV := .venv/.tests
+endif
+
+# The data that is used: what DATA= names, or what `make data` downloads.
+SOURCE  := $(if $(DATA),--data $(DATA))
+TRAIN   := $(SOURCE) --runs $(RUNS) $(if $(EPOCHS),--epochs $(EPOCHS)) $(if $(DEVICE),--device $(DEVICE)) \
+           $(if $(SEED),--seed $(SEED))
+TUNE    := $(if $(WEIGHTS),--weights $(WEIGHTS)) $(if $(SIZE),--size $(SIZE))
+NETWORKS := $(RUNS)/$(ARCH)/best.pt $(RUNS)/cnn/best.pt
+
+.PHONY: help demo data train-cnn finetune figure score test lint clean
+.DELETE_ON_ERROR:
+
+help:  ## this list
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | awk -F'\t' '{printf "  make %-12s%s\n", $$1, $$2}'
+	@sed -nE 's/^#   (.*)/  \1/p' $(MAKEFILE_LIST)
+
+demo: $(ENV)  ## everything, offline, on a small data set that is drawn here: two networks, the figure, the scores
+	$(PYTHON) tests/demo.py data/demo
+	$(PYTHON) train.py cnn --data data/demo --runs $(RUNS)/demo --epochs 12
+	$(PYTHON) train.py resnet18 --data data/demo --runs $(RUNS)/demo --weights none --unfreeze --epochs 8
+	$(PYTHON) cam.py figure --data data/demo --models $(RUNS)/demo/resnet18/best.pt $(RUNS)/demo/cnn/best.pt \
+	  --out $(FIGURES)/demo.png
+	$(PYTHON) score.py $(RUNS)/demo/resnet18/best.pt $(RUNS)/demo/cnn/best.pt --data data/demo --boxes data/demo
+
+data: $(ENV)  ## ImageNette-160: downloaded, or from DATA=; checked and decoded
+	$(PYTHON) data.py $(DATA)
+
+train-cnn: data  ## the CNN from scratch: 64 x 64 crops, 100 epochs, best kept
+	$(PYTHON) train.py cnn $(TRAIN)
+
+finetune: data  ## ARCH (resnet18), ImageNet weights, all frozen but the last layer, 5 epochs
+	$(PYTHON) train.py $(ARCH) $(TRAIN) $(TUNE)
+
+figure: $(RUNS)/$(ARCH)/result.json $(RUNS)/cnn/result.json  ## ten photos and the maps of both networks
+	$(PYTHON) cam.py figure $(SOURCE) --models $(NETWORKS) --out $(FIGURES)/figure.png
+
+score: $(RUNS)/$(ARCH)/result.json $(RUNS)/cnn/result.json  ## accuracy, faithfulness, localisation, as one table
+	$(PYTHON) score.py $(NETWORKS) $(SOURCE) $(if $(BOXES),--boxes $(BOXES))
+
+# result.json is the last file that a training writes: where it is missing, train, or go on training.
+$(RUNS)/cnn/result.json:
+	@$(MAKE) --no-print-directory train-cnn
+
+$(RUNS)/$(ARCH)/result.json:
+	@$(MAKE) --no-print-directory finetune
+
+test: $(DEV)  ## the tests, offline, a few minutes
+	$(PYTHON) -m pytest
+
+lint: $(DEV)  ## ruff
+	$(PYTHON) -m ruff check .
+
+clean:  ## remove results (runs, figures), not the data
+	rm -rf $(RUNS) $(FIGURES)
+
+.venv/.runs: requirements.txt
+	python3 -m venv .venv
+	.venv/bin/python -m pip install --quiet -r requirements.txt
+	@touch $@
+
+.venv/.tests: requirements-dev.txt .venv/.runs
+	.venv/bin/python -m pip install --quiet -r requirements-dev.txt
+	@touch $@

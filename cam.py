@@ -1,0 +1,331 @@
+"""Where did the network look? Class activation maps (Zhou et al. 2016), exact and in logits, and their pictures.
+
+    python cam.py figure --models runs/resnet18/best.pt runs/cnn/best.pt      ten photos, two networks, one picture
+    python cam.py explain photo.jpg --model runs/cnn/best.pt                  the top classes of any photo
+
+In code, for a network that is features -> global average pooling -> one linear layer:
+
+    features = network.features(images)                             # (N, C, h, w)
+    maps = cam.class_activation_maps(features, network.head.weight) # (N, K, h, w), in logits
+    pixels = cam.upsample(maps[:, 3], (160, 160))                   # (N, 160, 160)
+
+The mean of a class's map plus its bias *is* its logit, so a cell of the map says how much that place added to
+the class's score (orange in the pictures) or took from it (blue). Copy this file alone and it works.
+"""
+
+import argparse
+import contextlib
+import os
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageDraw, ImageFont
+
+# The two directions of the colour map, as OKLab hues in degrees: orange adds, blue takes away. They differ along
+# the blue-yellow axis, which nearly all colour-blind readers see.
+HUES = {"adds": 50.0, "takes": 255.0}
+CHROMA = 0.17  # at the end of the scale
+RIGHT, WRONG = (60, 60, 60), (196, 30, 30)
+
+
+class CamError(Exception):
+    """Something the user can mend; the message is one sentence that says what and how."""
+
+
+# ---------------------------------------------------------------- maps
+
+
+def class_activation_maps(features, head_weight):
+    """Every class's map for every image. features (N, C, h, w), head_weight (K, C) -> (N, K, h, w), in logits."""
+    return torch.einsum("kc,nchw->nkhw", head_weight, features)
+
+
+def upsample(maps, size):
+    """Maps (N, h, w) on the pixels of the image, `size` = (H, W), bilinearly: (N, H, W)."""
+    return F.interpolate(maps[:, None], size, mode="bilinear", align_corners=False)[:, 0]
+
+
+def maps_and_logits(network, images):
+    """One forward pass: maps (N, K, h, w) and logits (N, K), with logits = mean of the map + bias checked."""
+    features = network.features(images)
+    maps = class_activation_maps(features, network.head.weight)
+    logits = network.head(features.mean((2, 3)))
+    error = (maps.mean((2, 3)) + network.head.bias - logits).abs().max()
+    if not error <= 1e-3 * (1 + logits.abs().max()):
+        raise CamError(f"the maps miss the logits by {float(error):.2g}: this network's score is not the mean of a "
+                       "map plus a bias, or it holds numbers that are not finite")
+    return maps, logits
+
+
+# ---------------------------------------------------------------- colour
+
+
+def oklab_to_srgb(lab):
+    """OKLab (..., 3) (Ottosson 2020), in which equal distances look equal, to sRGB in 0..1, clipped."""
+    to_lms = torch.tensor([[1, 0.3963377774, 0.2158037573], [1, -0.1055613458, -0.0638541728],
+                           [1, -0.0894841775, -1.2914855480]])  # fmt: skip
+    to_rgb = torch.tensor([[4.0767416621, -3.3077115913, 0.2309699292], [-1.2684380046, 2.6097574011, -0.3413193965],
+                           [-0.0041960863, -0.7034186147, 1.7076147010]])  # fmt: skip
+    linear = ((lab @ to_lms.T) ** 3 @ to_rgb.T).clamp(0, 1)
+    return torch.where(linear <= 0.0031308, 12.92 * linear, 1.055 * linear ** (1 / 2.4) - 0.055)
+
+
+def lightness(photo):
+    """OKLab's lightness, 0..1, of a photo (H, W, 3) uint8 seen in grey."""
+    rgb = photo.float() / 255
+    linear = torch.where(rgb <= 0.04045, rgb / 12.92, ((rgb + 0.055) / 1.055) ** 2.4)
+    return (linear @ torch.tensor([0.2126, 0.7152, 0.0722])) ** (1 / 3)
+
+
+def overlay(photo, pixels, scale):
+    """The map `pixels` (H, W), in logits, over `photo` (H, W, 3) uint8: an image of the same size and type.
+
+    The photo, in grey, gives the lightness; the map gives hue (its sign) and colourfulness, which grows in
+    proportion to it: none at 0, full at `scale`. So zero is grey, and equal steps in logits look equal.
+    """
+    value = (pixels / scale).clamp(-1, 1)
+    strength = value.abs()
+    hue = torch.deg2rad(torch.where(value > 0, HUES["adds"], HUES["takes"]))
+    light = 0.38 + 0.52 * lightness(photo)
+    light = torch.lerp(light, torch.full_like(light, 0.68), 0.55 * strength)  # colours need a middle lightness
+    lab = torch.stack([light, CHROMA * strength * hue.cos(), CHROMA * strength * hue.sin()], -1)
+    return (oklab_to_srgb(lab) * 255).round().to(torch.uint8)
+
+
+# ---------------------------------------------------------------- pictures
+
+
+class Row(NamedTuple):
+    """What one network says of the photos."""
+
+    label: str  # may have several lines
+    maps: torch.Tensor  # (N, h, w), in logits, of the class that is named under each photo
+    captions: list  # N of str
+    right: list  # N of bool, or of None where the truth is unknown
+
+
+def font(size):
+    return ImageFont.load_default(size)
+
+
+def wrap(pen, text, width, face):
+    """`text` broken at spaces into lines of at most `width` px."""
+    lines = [""]
+    for word in text.split():
+        longer = f"{lines[-1]} {word}".strip()
+        lines[-1:] = [longer] if pen.textlength(longer, face) <= width or not lines[-1] else [lines[-1], word]
+    return "\n".join(lines)
+
+
+def fit(photo, tile):
+    """The largest size (height, width) of `photo`'s aspect in a square of `tile` px."""
+    h, w = photo.shape[:2]
+    return max(1, round(h * tile / max(h, w))), max(1, round(w * tile / max(h, w)))
+
+
+def resize(photo, size):
+    """photo (H, W, 3) uint8 at `size` (height, width), antialiased."""
+    image = Image.fromarray(photo.cpu().numpy()).resize(size[::-1], Image.Resampling.LANCZOS)
+    return torch.from_numpy(np.array(image))
+
+
+def colour_bar(canvas, left, top, width, height, scale, face):
+    """The signed scale of a row: grey is nothing, orange adds to the score, blue takes from it."""
+    ramp = torch.linspace(1, -1, height)[:, None].expand(height, width) * scale
+    bar = overlay(torch.full((height, width, 3), 128, dtype=torch.uint8), ramp, scale)
+    canvas.paste(Image.fromarray(bar.numpy()), (left, top))
+    pen = ImageDraw.Draw(canvas)
+    pen.rectangle((left, top, left + width - 1, top + height - 1), outline="black")
+    for share, y in ((1, top), (0.5, top + height / 4), (0, top + height / 2), (-0.5, top + height * 3 / 4),
+                     (-1, top + height)):  # fmt: skip
+        pen.line((left + width, y, left + width + 6, y), "black", 2)
+        text = f"{share * scale:+.3g}" if share else "0"
+        pen.text((left + width + 10, y), text, "black", face, anchor="lm")
+
+
+def compose(photos, titles, rows, tile=224):
+    """The figure: photos (each (H, W, 3) uint8) in a row under their titles, then the maps of each `Row` over them.
+
+    The maps of a row share one signed scale, in logits, shown by its colour bar. Returns a PIL image.
+    """
+    gap, face, small = tile // 20, font(round(tile * 0.15)), font(round(tile * 0.13))
+    left, bar = round(tile * 1.0), round(tile * 0.62)
+    pen = ImageDraw.Draw(Image.new("RGB", (1, 1)))
+    titles = [wrap(pen, title, tile, face) for title in titles]
+    line = face.size * 1.25
+    head = round(line * max(t.count("\n") + 1 for t in titles)) + gap
+    captions = [[wrap(pen, c, tile, small) for c in row.captions] for row in rows]
+    foot = [round(small.size * 1.25 * max(c.count("\n") + 1 for c in row)) + gap for row in captions]
+    width = left + len(photos) * (tile + gap) + bar
+    canvas = Image.new("RGB", (width, gap + head + tile + sum(tile + gap + f for f in foot) + gap), "white")
+    pen = ImageDraw.Draw(canvas)
+
+    sizes = [fit(photo, tile) for photo in photos]
+    shown = [resize(photo, size) for photo, size in zip(photos, sizes, strict=True)]
+    columns = [left + i * (tile + gap) for i in range(len(photos))]
+
+    def paste(pixels, column, top):
+        h, w = pixels.shape[:2]
+        place = (columns[column] + (tile - w) // 2, top + (tile - h) // 2)
+        canvas.paste(Image.fromarray(pixels.numpy()), place)
+        return place[0] - 3, place[1] - 3, place[0] + w + 2, place[1] + h + 2
+
+    y = gap + head
+    pen.text((gap, y + tile / 2), "photo", "black", face, anchor="lm")
+    for i, (title, photo) in enumerate(zip(titles, shown, strict=True)):
+        pen.multiline_text((columns[i] + tile / 2, y - gap / 2), title, "black", face, anchor="md", align="center")
+        paste(photo, i, y)
+    y += tile + gap
+    for row, texts, height in zip(rows, captions, foot, strict=True):
+        scale = max(float(row.maps.abs().max()), 1e-6)
+        pen.multiline_text((gap, y + tile / 2), row.label, "black", face, anchor="lm")
+        for i, text in enumerate(texts):
+            frame = paste(overlay(shown[i], upsample(row.maps[i : i + 1], sizes[i])[0], scale), i, y)
+            wrong = row.right[i] is False
+            if wrong:
+                pen.rectangle(frame, outline=WRONG, width=5)
+            pen.multiline_text((columns[i] + tile / 2, y + tile + gap / 2), text, WRONG if wrong else RIGHT, small,
+                               anchor="ma", align="center")
+        colour_bar(canvas, columns[-1] + tile + gap, y, tile // 8, tile, scale, small)
+        pen.text((columns[-1] + tile + gap, y + tile + gap / 2), "logits", "black", small, anchor="la")
+        y += tile + height + gap
+    return canvas
+
+
+# ---------------------------------------------------------------- commands
+
+
+def save_png(image, path):
+    """Write a PIL image so that it appears whole or not at all."""
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    part = f"{path}.{os.getpid()}.part"
+    try:
+        image.save(part, "PNG", optimize=True)
+        os.replace(part, path)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from error
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            os.remove(part)
+
+
+@torch.no_grad()
+def look(network, facts, photos):
+    """What the network says of `photos`, a list of (H, W, 3) uint8, each seen whole, resized to facts["size"]:
+    maps (N, K, h, w), logits (N, K), probabilities (N, K)."""
+    import data
+
+    seen = []
+    for photo in photos:  # one by one: sizes differ, and a photo can be large
+        (images, _), = data.eval_batches(data.from_arrays([photo]), facts["size"], 1)
+        seen.append(maps_and_logits(network, images))
+    maps, logits = (torch.cat(tensors) for tensors in zip(*seen, strict=True))
+    return maps, logits, logits.softmax(1)
+
+
+def load_models(paths):
+    """The checkpoints of `paths`, all of the same classes: [(network, facts), ...]."""
+    import models
+
+    loaded = [models.load(path) for path in paths]
+    for path, (_, facts) in zip(paths, loaded, strict=True):
+        if list(facts["classes"]) != list(loaded[0][1]["classes"]):
+            raise CamError(f"{path} knows other classes than {paths[0]}: compare networks of the same classes")
+    return loaded
+
+
+def default_photos(folder, seed):
+    """One validation photo of every class, the same for the same seed: [(path, class name), ...]."""
+    import data
+
+    paths = data.check(data.prepare(folder))["val"]
+    generator = torch.Generator().manual_seed(seed)
+    chosen = []
+    for wnid, name in data.CLASSES.items():
+        of_class = [p for p in paths if Path(p).parent.name == wnid]
+        chosen.append((of_class[torch.randint(len(of_class), (), generator=generator)], name))
+    return chosen
+
+
+def figure(options):
+    """Photos in the first row, and under them a row of maps for each network."""
+    import data
+
+    loaded = load_models(options.models)
+    classes = loaded[0][1]["classes"]
+    if options.images:
+        chosen = [(p, data.CLASSES.get(Path(p).parent.name)) for p in options.images]
+    else:
+        chosen = default_photos(options.data, options.seed)
+        if list(classes) != list(data.CLASSES.values()):
+            raise CamError(f"{options.models[0]} knows other classes than ImageNette's: name photos with --images")
+    photos = [torch.from_numpy(data.decode(path)) for path, _ in chosen]
+    rows = []
+    for network, facts in loaded:
+        maps, _, probabilities = look(network, facts, photos)
+        best = probabilities.argmax(1)
+        label = f"{facts['arch']}\n{facts['accuracy']:.1%} of val"
+        captions = [f"{classes[k]} {p:.0%}" for k, p in zip(best, probabilities.amax(1), strict=True)]
+        right = [None if truth is None else classes[k] == truth for k, (_, truth) in zip(best, chosen, strict=True)]
+        rows.append(Row(label, maps[range(len(photos)), best], captions, right))
+    titles = [truth or Path(path).name for path, truth in chosen]
+    save_png(compose(photos, titles, rows, options.tile), options.out)
+    print(options.out)
+
+
+def explain(options):
+    """For each photo one picture: the photo, then the maps of the network's top classes on one scale."""
+    import data
+
+    ((network, facts),) = load_models([options.model])
+    bias = network.head.bias.detach()
+    for path in options.photos:
+        photo = torch.from_numpy(data.decode(path))
+        maps, logits, probabilities = look(network, facts, [photo])
+        top = probabilities[0].topk(min(options.top, len(facts["classes"]))).indices
+        captions = [f"{probabilities[0, k]:.1%}, logit {logits[0, k]:+.2f} = mean {logits[0, k] - bias[k]:+.2f} "
+                    f"and bias {bias[k]:+.2f}" for k in top]  # fmt: skip
+        row = Row(facts["arch"], maps[0, top], captions, [None] * len(top))
+        titles = [facts["classes"][k] for k in top]
+        out = Path(options.out) / f"{Path(path).stem}-explained.png"
+        save_png(compose([photo] * len(top), titles, [row], options.tile), out)
+        print(f"{out}: " + ", ".join(f"{t} {probabilities[0, k]:.1%}" for t, k in zip(titles, top, strict=True)))
+
+
+def main(arguments=None):
+    parser = argparse.ArgumentParser(description="Where did the network look? Maps and pictures.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    defaults = argparse.ArgumentDefaultsHelpFormatter
+    both = ["runs/resnet18/best.pt", "runs/cnn/best.pt"]
+    add = commands.add_parser("figure", help="photos, and the maps of each network", formatter_class=defaults)
+    add.add_argument("--models", nargs="+", default=both, help="checkpoints, a row of maps for each")
+    add.add_argument("--data", default="data/imagenette2-160", help="ImageNette folder or .tgz")
+    add.add_argument("--images", nargs="+", help="photos, instead of one of each class out of val")
+    add.add_argument("--seed", type=int, default=0, help="chooses the photos out of val")
+    add.add_argument("--tile", type=int, default=224, help="side of a photo in the figure, px")
+    add.add_argument("--out", default="figures/figure.png")
+    add.set_defaults(run=figure)
+    add = commands.add_parser("explain", help="the top classes of any photo", formatter_class=defaults)
+    add.add_argument("photos", nargs="+")
+    add.add_argument("--model", default="runs/cnn/best.pt")
+    add.add_argument("--top", type=int, default=3, help="classes to show")
+    add.add_argument("--tile", type=int, default=480, help="longest side of the photo in the picture, px")
+    add.add_argument("--out", default="figures", help="folder")
+    add.set_defaults(run=explain)
+    options = parser.parse_args(arguments)
+    import data
+    import models
+
+    try:
+        options.run(options)
+    except (CamError, data.DataError, models.ModelError, OSError) as error:
+        print(f"cam.py: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,43 @@
+"""What the tests share: a small demo data set, drawn once, and a way to run the commands as a user would."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import demo as drawing
+
+REPO = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="session")
+def demo(tmp_path_factory):
+    """A folder in ImageNette's layout: 6 photos of each class to train on, 2 to validate. Do not change it."""
+    folder = tmp_path_factory.mktemp("data") / "demo"
+    drawing.draw(folder, train=6, val=2)
+    return folder
+
+
+@pytest.fixture
+def run(tmp_path):
+    """run("train.py", "cnn", ...) in an empty folder: a CompletedProcess with text output."""
+
+    def call(script, *arguments, cwd=tmp_path, **options):
+        command = [sys.executable, str(REPO / script), *map(str, arguments)]
+        environment = {**os.environ, "OMP_NUM_THREADS": "2"}
+        return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=300, **options)
+
+    return call
+
+
+def refused(result, *words):
+    """Whether a command ended as bad input should: status 2, one sentence on stderr that has `words`, no traceback."""
+    lines = [line for line in result.stderr.splitlines() if ".py: " in line]
+    assert result.returncode == 2, result.stdout + result.stderr
+    assert "Traceback" not in result.stderr, result.stderr
+    assert len(lines) == 1, result.stderr
+    for word in words:
+        assert str(word) in lines[0], lines[0]
+    return True
