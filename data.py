@@ -15,6 +15,7 @@ A crop is a box in pixels, and cropping, resizing and mirroring a whole batch is
 (see `resample`). This file imports nothing of the project: copy it alone and it works.
 """
 
+import argparse
 import contextlib
 import gzip
 import hashlib
