@@ -102,7 +102,7 @@ def overlay(photo, pixels, scale):
 class Row(NamedTuple):
     """What one network says of the photos."""
 
-    label: str  # may have several lines
+    label: str  # one line
     maps: torch.Tensor  # (N, h, w), in logits, of the class that is named under each photo
     captions: list  # N of str
     right: list  # N of bool, or of None where the truth is unknown
@@ -140,59 +140,60 @@ def colour_bar(canvas, left, top, width, height, scale, face):
     canvas.paste(Image.fromarray(bar.numpy()), (left, top))
     pen = ImageDraw.Draw(canvas)
     pen.rectangle((left, top, left + width - 1, top + height - 1), outline="black")
-    for share, y in ((1, top), (0.5, top + height / 4), (0, top + height / 2), (-0.5, top + height * 3 / 4),
-                     (-1, top + height)):  # fmt: skip
+    for share, anchor in ((1, "la"), (0.5, "lm"), (0, "lm"), (-0.5, "lm"), (-1, "ld")):  # the ends stay inside
+        y = top + (height - 1) * (1 - share) / 2
         pen.line((left + width, y, left + width + 6, y), "black", 2)
-        text = f"{share * scale:+.3g}" if share else "0"
-        pen.text((left + width + 10, y), text, "black", face, anchor="lm")
+        text = f"{share * scale:+.{1 if scale < 100 else 0}f}" if share else "0"
+        pen.text((left + width + 10, y), text, "black", face, anchor=anchor)
 
 
 def compose(photos, titles, rows, tile=224):
-    """The figure: photos (each (H, W, 3) uint8) in a row under their titles, then the maps of each `Row` over them.
+    """The figure: photos (each (H, W, 3) uint8) under their titles, then each `Row`'s maps over them, captioned.
 
-    The maps of a row share one signed scale, in logits, shown by its colour bar. Returns a PIL image.
+    The maps of a row share one signed scale, in logits, shown by its colour bar. Text is 0.15 tiles high: with ten
+    photos, over 6 points where the figure is printed across an A4 page. Returns a PIL image.
     """
-    gap, face, small = tile // 20, font(round(tile * 0.15)), font(round(tile * 0.13))
-    left, bar = round(tile * 1.0), round(tile * 0.62)
-    pen = ImageDraw.Draw(Image.new("RGB", (1, 1)))
-    titles = [wrap(pen, title, tile, face) for title in titles]
-    line = face.size * 1.25
-    head = round(line * max(t.count("\n") + 1 for t in titles)) + gap
-    captions = [[wrap(pen, c, tile, small) for c in row.captions] for row in rows]
-    foot = [round(small.size * 1.25 * max(c.count("\n") + 1 for c in row)) + gap for row in captions]
-    width = left + len(photos) * (tile + gap) + bar
-    canvas = Image.new("RGB", (width, gap + head + tile + sum(tile + gap + f for f in foot) + gap), "white")
-    pen = ImageDraw.Draw(canvas)
+    gap, face = tile // 20, font(round(tile * 0.15))
+    line, bar = round(face.size * 1.25), tile // 10
+    ruler = ImageDraw.Draw(Image.new("RGB", (1, 1)))
+    titles = [wrap(ruler, title, tile, face) for title in titles]
+    captions = [[wrap(ruler, caption, tile, face) for caption in row.captions] for row in rows]
 
+    def lines(texts):
+        return max(text.count("\n") + 1 for text in texts)
+
+    width = gap + len(photos) * (tile + gap) + bar + round(face.getlength("+00.0")) + 3 * gap
+    heights = [gap + line + tile + gap + line * lines(texts) + gap for texts in captions]
+    canvas = Image.new("RGB", (width, gap + line * lines(titles) + tile + gap + sum(heights)), "white")
+    pen = ImageDraw.Draw(canvas)
     sizes = [fit(photo, tile) for photo in photos]
     shown = [resize(photo, size) for photo, size in zip(photos, sizes, strict=True)]
-    columns = [left + i * (tile + gap) for i in range(len(photos))]
+    columns = [gap + i * (tile + gap) for i in range(len(photos))]
 
-    def paste(pixels, column, top):
+    def paste(pixels, i, y):
         h, w = pixels.shape[:2]
-        place = (columns[column] + (tile - w) // 2, top + (tile - h) // 2)
-        canvas.paste(Image.fromarray(pixels.numpy()), place)
-        return place[0] - 3, place[1] - 3, place[0] + w + 2, place[1] + h + 2
+        x, y = columns[i] + (tile - w) // 2, y + (tile - h) // 2
+        canvas.paste(Image.fromarray(pixels.numpy()), (x, y))
+        return x, y, x + w - 1, y + h - 1
 
-    y = gap + head
-    pen.text((gap, y + tile / 2), "photo", "black", face, anchor="lm")
+    y = gap + line * lines(titles)
     for i, (title, photo) in enumerate(zip(titles, shown, strict=True)):
-        pen.multiline_text((columns[i] + tile / 2, y - gap / 2), title, "black", face, anchor="md", align="center")
+        pen.text((columns[i] + tile / 2, y - gap / 2), title, "black", face, anchor="md", align="center")
         paste(photo, i, y)
     y += tile + gap
-    for row, texts, height in zip(rows, captions, foot, strict=True):
+    for row, texts, height in zip(rows, captions, heights, strict=True):
         scale = max(float(row.maps.abs().max()), 1e-6)
-        pen.multiline_text((gap, y + tile / 2), row.label, "black", face, anchor="lm")
+        pen.text((gap, y + gap), row.label, "black", face)
+        top = y + gap + line
         for i, text in enumerate(texts):
-            frame = paste(overlay(shown[i], upsample(row.maps[i : i + 1], sizes[i])[0], scale), i, y)
-            wrong = row.right[i] is False
-            if wrong:
-                pen.rectangle(frame, outline=WRONG, width=5)
-            pen.multiline_text((columns[i] + tile / 2, y + tile + gap / 2), text, WRONG if wrong else RIGHT, small,
-                               anchor="ma", align="center")
-        colour_bar(canvas, columns[-1] + tile + gap, y, tile // 8, tile, scale, small)
-        pen.text((columns[-1] + tile + gap, y + tile + gap / 2), "logits", "black", small, anchor="la")
-        y += tile + height + gap
+            frame = paste(overlay(shown[i], upsample(row.maps[i : i + 1], sizes[i])[0], scale), i, top)
+            if row.right[i] is False:
+                pen.rectangle(frame, outline=WRONG, width=max(2, tile // 40))
+            colour = WRONG if row.right[i] is False else RIGHT
+            pen.text((columns[i] + tile / 2, top + tile + gap / 2), text, colour, face, anchor="ma", align="center")
+        colour_bar(canvas, columns[-1] + tile + gap, top, bar, tile, scale, face)
+        pen.text((columns[-1] + tile + gap, y + gap), "logits", "black", face)
+        y += height
     return canvas
 
 
@@ -268,7 +269,8 @@ def figure(options):
     for network, facts in loaded:
         maps, _, probabilities = look(network, facts, photos)
         best = probabilities.argmax(1)
-        label = f"{facts['arch']}\n{facts['accuracy']:.1%} of val"
+        how = "all but the last layer frozen" if facts["settings"]["frozen"] else "every layer trained"
+        label = f"{facts['arch']}, {how}: {facts['accuracy']:.1%} of val right"
         captions = [f"{classes[k]} {p:.0%}" for k, p in zip(best, probabilities.amax(1), strict=True)]
         right = [None if truth is None else classes[k] == truth for k, (_, truth) in zip(best, chosen, strict=True)]
         rows.append(Row(label, maps[range(len(photos)), best], captions, right))

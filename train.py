@@ -38,7 +38,7 @@ RECIPES = {
 }
 
 
-SETTINGS = {"arch", "weights", "unfreeze", "epochs", "crop", "plain_crop", "size", "batch_size", "lr", "weight_decay",
+SETTINGS = {"arch", "weights", "epochs", "crop", "plain_crop", "size", "batch_size", "lr", "weight_decay",
             "holdout", "seed"}  # a run may be continued only by one in which all of these are the same
 
 
@@ -366,7 +366,8 @@ def train(options):
     precision = choose_precision(device)
     folder = Path(options.runs) / options.name
     photos, val = prepare_photos(options, device)
-    settings = {k: v for k, v in vars(options).items() if k in SETTINGS} | {"photos": [len(photos), len(val)]}
+    settings = {k: v for k, v in vars(options).items() if k in SETTINGS} | {
+        "frozen": options.kind == "head", "photos": [len(photos), len(val)]}
     state = None if options.dry_run else resume(folder / "last.pt", settings)
     rows = state["rows"] if state else []
 

@@ -5,9 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
 import demo as drawing
+import pytest
 
 REPO = Path(__file__).resolve().parent.parent
 
