@@ -24,6 +24,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
+from torch import nn
 
 # The two directions of the colour map, as OKLab hues in degrees: orange adds, blue takes away. They differ along
 # the blue-yellow axis, which nearly all colour-blind readers see.
@@ -49,16 +50,30 @@ def upsample(maps, size):
     return F.interpolate(maps[:, None], size, mode="bilinear", align_corners=False)[:, 0]
 
 
-def maps_and_logits(network, images):
-    """One forward pass: maps (N, K, h, w) and logits (N, K), with logits = mean of the map + bias checked."""
-    features = network.features(images)
-    maps = class_activation_maps(features, network.head.weight)
-    logits = network.head(features.mean((2, 3)))
-    error = (maps.mean((2, 3)) + network.head.bias - logits).abs().max()
+def contrast_map(maps, a, b):
+    """Why class a and not b? maps (N, K, h, w) -> (N, h, w), in logits: the mean is the two logits' difference, less
+    that of their biases."""
+    return maps[:, a] - maps[:, b]
+
+
+class MapsAndLogits(nn.Module):
+    """A network that returns (maps (N, K, h, w), logits (N, K)) from one forward pass; torch.export takes it."""
+
+    def __init__(self, network):
+        super().__init__()
+        self.network = network
+
+    def forward(self, images):
+        features = self.network.features(images)
+        return (class_activation_maps(features, self.network.head.weight), self.network.head(features.mean((2, 3))))
+
+
+def check_identity(maps, logits, bias):
+    """Raise CamError unless logits = mean of the map + bias: only then do the maps explain the logits."""
+    error = (maps.mean((2, 3)) + bias - logits).abs().max()
     if not error <= 1e-3 * (1 + logits.abs().max()):
         raise CamError(f"the maps miss the logits by {float(error):.2g}: this network's score is not the mean of a "
                        "map plus a bias, or it holds numbers that are not finite")
-    return maps, logits
 
 
 # ---------------------------------------------------------------- colour
@@ -220,11 +235,12 @@ def look(network, facts, photos):
     maps (N, K, h, w), logits (N, K), probabilities (N, K)."""
     import data
 
-    seen = []
+    seen, explained = [], MapsAndLogits(network)
     for photo in photos:  # one by one: sizes differ, and a photo can be large
-        (images, _), = data.eval_batches(data.from_arrays([photo]), facts["size"], 1)
-        seen.append(maps_and_logits(network, images))
+        ((images, _),) = data.eval_batches(data.from_arrays([photo]), facts["size"], 1)
+        seen.append(explained(images))
     maps, logits = (torch.cat(tensors) for tensors in zip(*seen, strict=True))
+    check_identity(maps, logits, network.head.bias)
     return maps, logits, logits.softmax(1)
 
 
@@ -239,8 +255,13 @@ def load_models(paths):
     return loaded
 
 
-def default_photos(folder, seed):
-    """One validation photo of every class, the same for the same seed: [(path, class name), ...]."""
+def describe(facts):
+    how = "only its last layer trained" if facts["settings"]["frozen"] else "every layer trained"
+    return f"{facts['arch']}, {how}: {facts['accuracy']:.1%} of val right"
+
+
+def one_of_each_class(folder, seed):
+    """A validation photo of every class, the same for the same seed: [(path, class name), ...]."""
     import data
 
     paths = data.check(data.prepare(folder))["val"]
@@ -253,71 +274,113 @@ def default_photos(folder, seed):
 
 
 def figure(options):
-    """Photos in the first row, and under them a row of maps for each network."""
+    """Photos in the first row, and under them a row of maps for each network, of the class it predicts."""
     import data
 
     loaded = load_models(options.models)
     classes = loaded[0][1]["classes"]
     if options.images:
-        chosen = [(p, data.CLASSES.get(Path(p).parent.name)) for p in options.images]
+        chosen = [(path, data.CLASSES.get(Path(path).parent.name)) for path in options.images]
     else:
-        chosen = default_photos(options.data, options.seed)
-        if list(classes) != list(data.CLASSES.values()):
-            raise CamError(f"{options.models[0]} knows other classes than ImageNette's: name photos with --images")
+        chosen = one_of_each_class(options.data, options.seed)
     photos = [torch.from_numpy(data.decode(path)) for path, _ in chosen]
     rows = []
     for network, facts in loaded:
         maps, _, probabilities = look(network, facts, photos)
         best = probabilities.argmax(1)
-        how = "all but the last layer frozen" if facts["settings"]["frozen"] else "every layer trained"
-        label = f"{facts['arch']}, {how}: {facts['accuracy']:.1%} of val right"
         captions = [f"{classes[k]} {p:.0%}" for k, p in zip(best, probabilities.amax(1), strict=True)]
         right = [None if truth is None else classes[k] == truth for k, (_, truth) in zip(best, chosen, strict=True)]
-        rows.append(Row(label, maps[range(len(photos)), best], captions, right))
+        rows.append(Row(describe(facts), maps[range(len(photos)), best], captions, right))
     titles = [truth or Path(path).name for path, truth in chosen]
     save_png(compose(photos, titles, rows, options.tile), options.out)
     print(options.out)
 
 
 def explain(options):
-    """For each photo one picture: the photo, then the maps of the network's top classes on one scale."""
+    """For each photo one picture: the photo, then the maps of the network's top classes, on one scale."""
     import data
 
     ((network, facts),) = load_models([options.model])
-    bias = network.head.bias.detach()
-    for path in options.photos:
+    classes, bias = facts["classes"], network.head.bias.detach()
+    for name in options.contrast or ():
+        if name not in classes:
+            raise CamError(f"there is no class {name!r}: {options.model} knows {', '.join(classes)}")
+    paths = [Path(p) for p in options.photos]
+    paths = [p for path in paths for p in (sorted(q for q in path.iterdir() if q.suffix.lower() in data.SUFFIXES)
+                                           if path.is_dir() else [path])]  # fmt: skip
+    for path in paths:
         photo = torch.from_numpy(data.decode(path))
         maps, logits, probabilities = look(network, facts, [photo])
-        top = probabilities[0].topk(min(options.top, len(facts["classes"]))).indices
-        captions = [f"{probabilities[0, k]:.1%}, logit {logits[0, k]:+.2f} = mean {logits[0, k] - bias[k]:+.2f} "
-                    f"and bias {bias[k]:+.2f}" for k in top]  # fmt: skip
-        row = Row(facts["arch"], maps[0, top], captions, [None] * len(top))
-        titles = [facts["classes"][k] for k in top]
-        out = Path(options.out) / f"{Path(path).stem}-explained.png"
-        save_png(compose([photo] * len(top), titles, [row], options.tile), out)
-        print(f"{out}: " + ", ".join(f"{t} {probabilities[0, k]:.1%}" for t, k in zip(titles, top, strict=True)))
+        top = probabilities[0].topk(min(options.top, len(classes))).indices.tolist()
+        titles, shown = [classes[k] for k in top], [maps[0, k] for k in top]
+        captions = [f"{probabilities[0, k]:.1%}, logit {logits[0, k]:+.2f} of which bias {bias[k]:+.2f}" for k in top]
+        if options.contrast:
+            a, b = (classes.index(name) for name in options.contrast)
+            titles.append(f"{classes[a]}, not {classes[b]}")
+            shown.append(contrast_map(maps, a, b)[0])
+            difference = logits[0, a] - logits[0, b]
+            captions.append(f"logits differ by {difference:+.2f} of which bias {bias[a] - bias[b]:+.2f}")
+        row = Row(describe(facts), torch.stack(shown), captions, [None] * len(shown))
+        out = Path(options.out) / f"{path.stem}-explained.png"
+        save_png(compose([photo] * len(shown), titles, [row], options.tile), out)
+        print(f"{out}: " + ", ".join(f"{classes[k]} {probabilities[0, k]:.1%}" for k in top))
+
+
+@torch.no_grad()
+def gallery(options):
+    """The most confident mistakes on val: where did the network look for what it said, and for what was there?"""
+    import data
+
+    ((network, facts),) = load_models([options.model])
+    classes = facts["classes"]
+    val = data.load(data.prepare(options.data), "val")
+    probabilities = torch.cat([network(x).softmax(1) for x, _ in data.eval_batches(val, facts["size"], 64)])
+    confidence, predicted = probabilities.max(1)
+    mistakes = (predicted != val.labels).nonzero()[:, 0]
+    mistakes = mistakes[confidence[mistakes].argsort(descending=True)].tolist()
+    if options.per_class:  # of each true class the worst
+        mistakes = [next((i for i in mistakes if val.labels[i] == k), None) for k in range(len(classes))]
+    mistakes = [i for i in mistakes if i is not None][: options.count]
+    if not mistakes:
+        return print(f"{options.model} makes no mistake on val: there is nothing to show")
+    photos = [val[i] for i in mistakes]
+    maps, *_ = look(network, facts, photos)
+    rows = []
+    for what, labels in (("for what it said", predicted[mistakes]), ("for what is there", val.labels[mistakes])):
+        captions = [f"{classes[k]} {probabilities[i, k]:.0%}" for i, k in zip(mistakes, labels, strict=True)]
+        right = [bool(k == val.labels[i]) for i, k in zip(mistakes, labels, strict=True)]
+        rows.append(Row(f"where {facts['arch']} looked {what}", maps[range(len(photos)), labels], captions, right))
+    save_png(compose(photos, [classes[val.labels[i]] for i in mistakes], rows, options.tile), options.out)
+    print(options.out)
 
 
 def main(arguments=None):
     parser = argparse.ArgumentParser(description="Where did the network look? Maps and pictures.")
     commands = parser.add_subparsers(dest="command", required=True)
-    defaults = argparse.ArgumentDefaultsHelpFormatter
+
+    def command(run, about, out, tile):
+        it = commands.add_parser(run.__name__, help=about, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+        it.add_argument("--out", default=out, help="where the picture goes")
+        it.add_argument("--tile", type=int, default=tile, help="longest side of a photo in the picture, px")
+        it.set_defaults(run=run)
+        return it.add_argument
+
+    add = command(figure, "photos, and under them the maps of each network", "figures/figure.png", 224)
     both = ["runs/resnet18/best.pt", "runs/cnn/best.pt"]
-    add = commands.add_parser("figure", help="photos, and the maps of each network", formatter_class=defaults)
-    add.add_argument("--models", nargs="+", default=both, help="checkpoints, a row of maps for each")
-    add.add_argument("--data", default="data/imagenette2-160", help="ImageNette folder or .tgz")
-    add.add_argument("--images", nargs="+", help="photos, instead of one of each class out of val")
-    add.add_argument("--seed", type=int, default=0, help="chooses the photos out of val")
-    add.add_argument("--tile", type=int, default=224, help="side of a photo in the figure, px")
-    add.add_argument("--out", default="figures/figure.png")
-    add.set_defaults(run=figure)
-    add = commands.add_parser("explain", help="the top classes of any photo", formatter_class=defaults)
-    add.add_argument("photos", nargs="+")
-    add.add_argument("--model", default="runs/cnn/best.pt")
-    add.add_argument("--top", type=int, default=3, help="classes to show")
-    add.add_argument("--tile", type=int, default=480, help="longest side of the photo in the picture, px")
-    add.add_argument("--out", default="figures", help="folder")
-    add.set_defaults(run=explain)
+    add("--models", nargs="+", default=both, help="checkpoints, a row of maps for each")
+    add("--data", default="data/imagenette2-160", help="ImageNette folder or .tgz")
+    add("--images", nargs="+", help="photos, instead of one of each class out of val")
+    add("--seed", type=int, default=0, help="chooses the photos out of val")
+    add = command(explain, "the top classes of any photo, or of a folder of them", "figures", 480)
+    add("photos", nargs="+")
+    add("--model", default="runs/cnn/best.pt", help="checkpoint")
+    add("--top", type=int, default=3, help="classes to show")
+    add("--contrast", nargs=2, metavar=("A", "B"), help="two classes: also show what speaks for A and against B")
+    add = command(gallery, "the most confident mistakes on val", "figures/gallery.png", 224)
+    add("--model", default="runs/cnn/best.pt", help="checkpoint")
+    add("--data", default="data/imagenette2-160", help="ImageNette folder or .tgz")
+    add("--count", type=int, default=10, help="mistakes to show")
+    add("--per-class", action="store_true", help="the worst of each class, instead of the worst of all")
     options = parser.parse_args(arguments)
     import data
     import models

@@ -1,5 +1,9 @@
 """Where did the network look? Maps, boxes and probabilities in, numbers out.
 
+    python score.py runs/resnet18/best.pt runs/cnn/best.pt --boxes FOLDER     one table for both networks
+
+In code:
+
     boxes = read_boxes("localization.txt", "image_sizes.txt")                 # {name: (n, 4)}
     table = best_iou_per_threshold(maps, [boxes[name] for name in names])     # (N, T)
     value, low, high = bootstrap(table, max_box_acc)                          # with its 95 % interval
@@ -10,8 +14,11 @@ squashed ones included. "Per photo" means (N,), to be averaged, or handed to `bo
 The functions know no network and import nothing of the project: copy this file alone and they work.
 """
 
+import argparse
 import csv
 import io
+import sys
+import time
 from pathlib import Path
 
 import torch
@@ -138,7 +145,7 @@ def deletion_and_insertion(predict, images, maps, labels, steps=20, seed=0):
     blurred = F.conv2d(images, kernel, padding=5, groups=channels)
     shuffle = torch.randperm(height * width, generator=torch.Generator().manual_seed(seed)).to(images.device)
     shuffled = upsample(finite(maps), (height, width)).flatten(1)[:, shuffle]
-    order = shuffle[shuffled.argsort(1, descending=True, stable=True)]
+    order = shuffle[shuffled.argsort(dim=1, descending=True, stable=True)]
     rank = order.argsort(1).view(n, 1, height, width)  # 0: the pixel that goes first
     curves = []
     for step in range(steps + 1):
@@ -291,3 +298,180 @@ def focus(maps, boxes, size=SIZE):
     in_boxes = (positive * inside(boxes, *maps.shape[1:])).sum((1, 2))
     area = (maps > maps.amax((1, 2), keepdim=True) / 2).float().mean((1, 2))
     return area, in_boxes / positive.sum((1, 2)).clamp(min=torch.finfo(maps.dtype).tiny)
+
+
+# ---------------------------------------------------------------- the table of trained networks
+
+COLUMNS = ("its own map", "random weights", "ones", "centred square")  # the last three are controls
+
+
+def untrained(network, facts):
+    """The same network with random weights, those of its last layer too: what a map owes to the architecture."""
+    import models
+
+    torch.manual_seed(0)
+    other = models.build(facts["arch"], len(facts["classes"])).eval()
+    torch.nn.init.normal_(other.head.weight, std=0.01)
+    return other
+
+
+def four_maps(explained, other, images, labels=None):
+    """The maps of `COLUMNS` for the classes `labels`, or the likeliest (None): {column: (N, h, w)}, logits (N, K)."""
+    import cam
+
+    maps, logits = explained(images)
+    cam.check_identity(maps, logits, explained.network.head.bias)
+    n, labels = torch.arange(len(images)), logits.argmax(1) if labels is None else labels
+    maps = (maps[n, labels], other(images)[0][n, labels], ones(len(n), 8), centred_square(len(n), 64))
+    return dict(zip(COLUMNS, maps, strict=True)), logits
+
+
+@torch.no_grad()
+def faithfulness(explained, other, facts, photos, deleted):
+    """Accuracy, average drop and increase on all photos, deletion and insertion on the first `deleted`, which are
+    drawn at random: {score: {column: per photo}}."""
+    import data
+
+    def predict(x):
+        return explained.network(x).softmax(1)
+
+    correct, after, before, areas, started = [], [], [], [], time.time()
+    order = torch.randperm(len(photos), generator=torch.Generator().manual_seed(0))
+    photos = photos.subset(order)
+    for number, (images, labels) in enumerate(data.eval_batches(photos, facts["size"], 25)):
+        maps, logits = four_maps(explained, other, images)
+        before_, top = logits.softmax(1).max(1)
+        correct.append(top == labels)
+        before.append(before_)
+        after.append(torch.stack([predict(masked(images, m)).gather(1, top[:, None])[:, 0] for m in maps.values()]))
+        if 25 * number < deleted:
+            areas.append(torch.stack([torch.stack(deletion_and_insertion(predict, images, m, top))
+                                      for m in maps.values()]))  # (4, 2, B)
+        done = min(25 * (number + 1), len(photos))
+        data.progress(f"{facts['arch']}:", done, len(photos), started, "photos")
+    correct, before, after = torch.cat(correct).float(), torch.cat(before), torch.cat(after, 1)  # (N,), (N,), (4, N)
+    unseen = torch.tensor(["ILSVRC2012_val" in name for name in photos.names])
+    scores = {"accuracy": {COLUMNS[0]: correct}}
+    if unseen.any():
+        scores["accuracy, photos not in ImageNet's training"] = {COLUMNS[0]: correct[unseen]}
+    drops = [average_drop_and_increase(before, a) for a in after]
+    for i, score in enumerate(("average drop", "increase in confidence")):
+        scores[score] = {column: drop[i] for column, drop in zip(COLUMNS, drops, strict=True)}
+    if areas:
+        areas = torch.cat(areas, 2)[:, :, :deleted]
+        for i, score in enumerate(("deletion", "insertion")):
+            scores[score] = dict(zip(COLUMNS, areas[:, i], strict=True))
+    return scores
+
+
+@torch.no_grad()
+def localisation(explained, other, facts, photos, boxes):
+    """Maps of the true class against boxes. photos: {split: Photos}, all with boxes. The threshold of a box score is
+    chosen on train and applied to val; in rows of `best threshold`, chosen on val itself: {score: {column: ...}}."""
+    import data
+
+    found = {}  # (split, column): maps of all photos
+    for split, some in photos.items():
+        batches = [four_maps(explained, other, x, y)[0] for x, y in data.eval_batches(some, facts["size"], 25)]
+        for column in COLUMNS:
+            found[split, column] = torch.cat([maps[column] for maps in batches])
+    truth = {split: [boxes[Path(name).stem] for name in some.names] for split, some in photos.items()}
+    scores = {}
+    for column in COLUMNS:
+        train, val = (best_iou_per_threshold(found[split, column], truth[split]) for split in ("train", "val"))
+        right = [(val[:, best_threshold(train, iou)] >= iou).float() for iou in (0.3, 0.5, 0.7)]
+        area, share = focus(found["val", column], truth["val"])
+        cells = {
+            "MaxBoxAcc": right[1],
+            "MaxBoxAcc, best threshold": bootstrap(val, max_box_acc),
+            "MaxBoxAccV2": sum(right) / 3,
+            "MaxBoxAccV2, best thresholds": bootstrap(val, max_box_acc_v2),
+            "pointing game": pointing_game(found["val", column], truth["val"]).float(),
+            "focus: area above half of the maximum": area,
+            "focus: share of the positive map in the box": share,
+        }
+        for score, cell in cells.items():
+            scores.setdefault(score, {})[column] = cell
+    return scores
+
+
+def as_rows(networks):
+    """{network: {score: {column: per photo (N,), or (value, low, high)}}} as the rows of `write_table`; where there are
+    two networks, with their difference, photo by photo."""
+    rows = []
+    for score in next(iter(networks.values())):
+        for name, scores in networks.items():
+            cells, n = {}, None
+            for column, values in scores[score].items():
+                if isinstance(values, tuple):
+                    cells[column] = values
+                elif score.startswith("accuracy"):
+                    cells[column], n = accuracy_interval(int(values.sum()), len(values)), len(values)
+                else:
+                    cells[column], n = bootstrap(values), len(values)
+            rows.append((f"{score}: {name}" + (f" (n = {n:,})" if n else ""), cells))
+        first, *second = (scores[score][COLUMNS[0]] for scores in networks.values())
+        if len(second) == 1 and not isinstance(first, tuple):
+            rows.append(("    first less second", {COLUMNS[0]: bootstrap(first - second[0])}))
+    return rows
+
+
+def score(options):
+    """The table of all scores of all networks, printed, and as Markdown and CSV in files."""
+    import cam
+    import data
+    import models
+
+    folder = data.prepare(options.data)
+    photos = {split: data.load(folder, split) for split in ("train", "val")}
+    source = Path(options.boxes or folder)
+    boxes = {}
+    if options.boxes or (source / "localization.txt").exists():
+        boxes = read_boxes(source / "localization.txt", source / "image_sizes.txt")
+    boxed = {split: some.subset(torch.tensor([i for i, name in enumerate(some.names) if Path(name).stem in boxes],
+                                             dtype=torch.long)) for split, some in photos.items()}  # fmt: skip
+    if options.boxes and not all(map(len, boxed.values())):
+        raise ScoreError(f"{source} has no boxes for photos of {folder}'s train and val: name the boxes of this data set")
+    networks = {}
+    for path, (network, facts) in zip(options.models, cam.load_models(options.models), strict=True):
+        name = facts["arch"] if facts["arch"] not in networks else path
+        other = cam.MapsAndLogits(models.fold_norms(untrained(network, facts)))
+        explained = cam.MapsAndLogits(models.fold_norms(network))
+        networks[name] = faithfulness(explained, other, facts, photos["val"], options.deletion)
+        if all(map(len, boxed.values())):
+            networks[name] |= localisation(explained, other, facts, boxed, boxes)
+    rows = as_rows(networks)
+    print(write_table(rows), end="")
+    if not boxes:
+        print("no boxes, so no localisation: name a folder of localization.txt and image_sizes.txt (BOXES=)")
+    out = Path(options.out)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    for form, suffix in (("markdown", ".md"), ("csv", ".csv")):
+        with models.atomic(out.with_suffix(suffix)) as file:
+            file.write(write_table(rows, form).encode())
+
+
+def main():
+    parser = argparse.ArgumentParser(description="Accuracy, faithfulness and localisation of trained networks.",
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)  # fmt: skip
+    parser.add_argument("models", nargs="+", help="checkpoints (runs/*/best.pt)")
+    parser.add_argument("--data", default="data/imagenette2-160", help="ImageNette folder or .tgz")
+    parser.add_argument("--boxes", help="folder of localization.txt and image_sizes.txt; by default the data's own")
+    parser.add_argument("--deletion", type=int, default=100, help="photos for deletion and insertion, the slow scores")
+    parser.add_argument("--out", default="figures/scores", help="where .md and .csv go")
+    options = parser.parse_args()
+    import cam
+    import data
+    import models
+    import train
+
+    train.keep_memory()
+    try:
+        score(options)
+    except (ScoreError, cam.CamError, data.DataError, models.ModelError, OSError) as error:
+        print(f"score.py: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()
