@@ -55,6 +55,7 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, RGB in 
 SUFFIXES = {".jpeg", ".jpg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm"}
 MAX_FILES, MAX_BYTES = 20_000, 3 * 2**30  # no ImageNette archive, full size included, holds more
 MAX_PIXELS = 100_000_000  # of one photo
+STAMP = ".archive.json"  # in an unpacked folder: which archive it came from
 
 
 class DataError(Exception):
@@ -155,8 +156,8 @@ def download(url, target, size, md5, tries=6, timeout=30):
     os.replace(part, target)
 
 
-def extract(archive, folder):
-    """Unpack a .tgz safely, its top folder becoming `folder`; all of it or nothing."""
+def extract(archive, folder, stamp):
+    """Unpack a .tgz safely, its top folder becoming `folder`, with the text `stamp` in it; all of it or nothing."""
     temporary = Path(f"{folder}.{os.getpid()}.part")
     shutil.rmtree(temporary, ignore_errors=True)
     started, files, size = time.time(), 0, 0
@@ -170,16 +171,23 @@ def extract(archive, folder):
                                         f"({MAX_FILES:,} files, {MAX_BYTES:,} bytes): not unpacked")
                     if member.name.startswith(("/", "\\")) or ".." in Path(member.name).parts:
                         raise DataError(f"{archive} would write outside its folder ({member.name}): not unpacked")
+                    if not (member.isfile() or member.isdir()):
+                        raise DataError(f"{archive} holds a link or a device ({member.name}): not unpacked")
                     tar.extract(member, temporary, filter="data", set_attrs=not member.isdir())
             while stream.read(1 << 20):  # to the end, where gzip keeps its checksum
                 pass
         inside = [p for p in temporary.glob("*") if not p.name.startswith(".")]
         top = inside[0] if len(inside) == 1 and inside[0].is_dir() else temporary
-        check(top)
+        try:
+            check(top)
+        except DataError as error:
+            raise DataError(f"{archive} holds no ImageNette: {str(error).replace(str(top), folder.name)}") from error
+        (top / STAMP).write_text(stamp)
         if os.path.lexists(folder):
             shutil.rmtree(folder)
         os.replace(top, folder)
-    except (EOFError, zlib.error, gzip.BadGzipFile, tarfile.TarError) as error:
+    except (EOFError, zlib.error, gzip.BadGzipFile, tarfile.TarError, OverflowError,
+            IsADirectoryError, NotADirectoryError) as error:
         what = "would write outside its folder or is no plain file" if isinstance(error, tarfile.FilterError) else (
             "is cut short, damaged or no .tgz")
         raise DataError(f"{archive} {what} ({error}): nothing was unpacked; get it again") from error
@@ -230,7 +238,7 @@ def prepare(source=None, root="data"):
                         "archive that is there (DATA= for make, --data for the scripts)")
     if source.is_file():
         folder = root / source.name.removesuffix(".gz").removesuffix(".tar").removesuffix(".tgz")
-        stamp, status = folder / ".archive.json", source.stat()
+        stamp, status = folder / STAMP, source.stat()
         identity = json.dumps({"name": source.name, "bytes": status.st_size, "mtime": status.st_mtime_ns})
         root.mkdir(parents=True, exist_ok=True)
         with lock(folder):
@@ -238,8 +246,7 @@ def prepare(source=None, root="data"):
                 if folder.exists() and not stamp.exists():
                     raise DataError(f"{folder} exists and did not come from {source}: use it (DATA={folder}), "
                                     "or move it away")
-                extract(source, folder)
-                stamp.write_text(identity)
+                extract(source, folder, identity)
         source = folder
     counts = {split: len(paths) for split, paths in check(source).items()}
     usual = "" if counts == COUNTS else f" (the public ImageNette has {COUNTS['train']:,} and {COUNTS['val']:,})"
@@ -381,8 +388,9 @@ def read_index(packed):
             length = int.from_bytes(file.read(8), "little")
             file.seek(end - length)
             index = json.loads(file.read(length))
-        return index if index["pixels"] * 3 + length == end else None
-    except (OSError, ValueError, KeyError, TypeError):
+        whole = index.keys() >= {"key", "sizes", "labels", "names", "bad"} and index["pixels"] * 3 + length == end
+        return index if whole else None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
 
 
@@ -421,14 +429,14 @@ def resample(photos, index, boxes, size, flip=None):
     if flip is not None:
         along_x = torch.where(flip[:, None, None], along_x.flip(1), along_x)
     images = torch.bmm(along_y, images.flatten(2)).view(-1, size, w, 3)
-    images = torch.einsum("nyxc,nzx->nyzc", images, along_x)
+    images = torch.einsum("nyxc,nzx->nyzc", images, along_x).contiguous()
     mean, std = (torch.tensor(v, device=start.device) * 255 for v in (MEAN, STD))
     return ((images - mean) / std).permute(0, 3, 1, 2)  # channels-last in memory
 
 
 def random_boxes(photos, index, generator, area=(0.25, 1.0), ratio=4 / 3):
     """Random resized crops (Szegedy et al. 2015): boxes (B, 4) of a share `area` of each photo, width : height
-    between 1/ratio and ratio, anywhere in it."""
+    between 1/ratio and ratio, anywhere in it; a box that would be wider or higher than the photo is cut to fit."""
     height, width = photos.height[index].float(), photos.width[index].float()
     u, v, y, x = torch.rand(4, len(index), generator=generator).to(height.device)
     pixels = (area[0] + (area[1] - area[0]) * u) * height * width

@@ -431,7 +431,7 @@ def score(options):
     boxed = {split: some.subset(torch.tensor([i for i, name in enumerate(some.names) if Path(name).stem in boxes],
                                              dtype=torch.long)) for split, some in photos.items()}  # fmt: skip
     if options.boxes and not all(map(len, boxed.values())):
-        raise ScoreError(f"{source} has no boxes for photos of {folder}'s train and val: name the boxes of this data set")
+        raise ScoreError(f"{source} has no boxes of photos in {folder}'s train and val: name those of this data set")
     networks = {}
     for path, (network, facts) in zip(options.models, cam.load_models(options.models), strict=True):
         name = facts["arch"] if facts["arch"] not in networks else path

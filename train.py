@@ -30,11 +30,12 @@ import data
 import models
 
 LABEL_SMOOTHING = 0.1
+PLAIN_LR = 5.0  # the learning rate of what Muon leaves to SGD, in units of Muon's own
 # What is trained decides the recipe. crop: px, of the random crops; size: px, of evaluation and of stored features.
 RECIPES = {
-    "scratch": dict(epochs=100, crop=64, size=128, batch_size=64, lr=0.1, weight_decay=5e-4),
-    "head": dict(epochs=5, crop=0, size=192, batch_size=64, lr=0.5, weight_decay=0.0),
-    "unfreeze": dict(epochs=5, crop=160, size=160, batch_size=64, lr=0.01, weight_decay=5e-4),
+    "scratch": dict(epochs=100, crop=64, size=96, batch_size=64, lr=0.02, weight_decay=5e-4),
+    "head": dict(epochs=5, crop=0, size=192, batch_size=64, lr=0.1, weight_decay=0.0),
+    "unfreeze": dict(epochs=5, crop=160, size=160, batch_size=64, lr=0.002, weight_decay=5e-4),
 }
 
 
@@ -103,11 +104,53 @@ def one_cycle(step, steps, warmup=0.2):
     return (step + 1) / (rise + 1) if step < rise else (steps - step) / (steps - rise)
 
 
-def parameter_groups(network, weight_decay):
-    """Weight decay for the matrices and filters; none for the norms and biases, which it would only distort."""
-    parameters = [p for p in network.parameters() if p.requires_grad]
-    return [dict(params=[p for p in parameters if p.ndim > 1], weight_decay=weight_decay),
-            dict(params=[p for p in parameters if p.ndim <= 1], weight_decay=0.0)]  # fmt: skip
+def orthogonalise(matrix):
+    """Roughly the orthogonal matrix nearest to `matrix` (m, n): its singular vectors, all singular values near 1.
+
+    Five Newton-Schulz steps of a quintic that drives singular values in 0..1 towards 1, matrix products only.
+    """
+    x = matrix.T if matrix.shape[0] > matrix.shape[1] else matrix
+    x = x / (x.norm() + 1e-7)
+    for _ in range(5):
+        a = x @ x.T
+        x = 3.4445 * x + (-4.7750 * a + 2.0315 * a @ a) @ x
+    return x.T if matrix.shape[0] > matrix.shape[1] else x
+
+
+class Muon(torch.optim.Optimizer):
+    """SGD with Nesterov momentum that orthogonalises the step of every filter bank (Jordan et al. 2024).
+
+    A gradient is dominated by few directions; orthogonalised, a step moves all of them alike, which here takes a
+    third of the epochs that plain SGD takes. Vectors, the first layer and the last one take plain SGD steps, at
+    `PLAIN_LR` times the learning rate, and norms and biases have no weight decay, which would only distort them.
+    """
+
+    def __init__(self, network, lr, weight_decay, momentum=0.9):
+        banks, plain, vectors = [], [], []
+        for p in network.parameters():
+            kind = vectors if p.ndim < 2 else banks if p.ndim == 4 and p.shape[1] > 3 else plain
+            if p.requires_grad:
+                kind.append(p)
+        groups = [dict(params=banks, orthogonal=True, scale=1.0, weight_decay=weight_decay),
+                  dict(params=plain, orthogonal=False, scale=PLAIN_LR, weight_decay=weight_decay),
+                  dict(params=vectors, orthogonal=False, scale=PLAIN_LR, weight_decay=0.0)]  # fmt: skip
+        super().__init__([group for group in groups if group["params"]], dict(lr=lr, momentum=momentum))
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            rate = group["lr"] * group["scale"]
+            for p in group["params"]:
+                if not self.state[p]:
+                    self.state[p]["velocity"] = torch.zeros_like(p)
+                velocity = self.state[p]["velocity"]
+                velocity.mul_(group["momentum"]).add_(p.grad)
+                update = p.grad + group["momentum"] * velocity
+                if group["orthogonal"]:
+                    rows, columns = len(p), p[0].numel()
+                    update = orthogonalise(update.reshape(rows, columns)).reshape(p.shape)
+                    update *= max(1, rows / columns) ** 0.5
+                p.mul_(1 - rate * group["weight_decay"]).sub_(update, alpha=rate)
 
 
 def train_epoch(network, batches, rates, optimizer, scaler, precision):
@@ -331,7 +374,7 @@ def save_epoch(folder, options, settings, network, optimizer, scaler, rows):
 def run_epochs(folder, options, settings, network, batches, state, precision):
     """Train from where `state` (of last.pt, or None) stands to the last epoch. Returns the rows of the log."""
     module, train_batches, val_batches = batches
-    optimizer = torch.optim.SGD(parameter_groups(module, options.weight_decay), options.lr, 0.9, nesterov=True)
+    optimizer = Muon(module, options.lr, options.weight_decay)
     scaler = torch.amp.GradScaler(next(module.parameters()).device.type, enabled=precision.scale)
     rows = []
     if state:

@@ -7,8 +7,10 @@ from pathlib import Path
 
 import demo as drawing
 import pytest
+import torch
 
 REPO = Path(__file__).resolve().parent.parent
+torch.set_num_threads(1)  # small tensors gain nothing from more, and threads that wait for each other lose a lot
 
 
 @pytest.fixture(scope="session")
@@ -25,7 +27,7 @@ def run(tmp_path):
 
     def call(script, *arguments, cwd=tmp_path, **options):
         command = [sys.executable, str(REPO / script), *map(str, arguments)]
-        environment = {**os.environ, "OMP_NUM_THREADS": "2"}
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=300, **options)
 
     return call

@@ -1,0 +1,815 @@
+"""cam.py: the maps against a loop and a gradient, the colours against OKLab, the pictures pixel by pixel."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from io import BytesIO
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import REPO, refused
+from PIL import Image, ImageDraw
+from torch import nn
+
+import cam
+import data
+import models
+
+CLASSES = list(data.CLASSES.values())
+SIZE = 32  # px, at which the tiny networks look
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """These tensors are so small that threads would wait for each other longer than they work."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def seeded(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def randn(*shape, seed=0):
+    return torch.randn(*shape, generator=seeded(seed), dtype=torch.double)
+
+
+def untrained(arch, seed=0):
+    """A network whose maps are not all zero, in evaluation mode and float64: tests then need no tolerance."""
+    torch.manual_seed(seed)
+    network = models.build(arch)
+    nn.init.normal_(network.head.weight)
+    nn.init.normal_(network.head.bias)
+    return network.double().eval()
+
+
+def checkpoint(path, seed=0, classes=CLASSES):
+    torch.manual_seed(seed)
+    network = models.cnn(len(classes))
+    nn.init.normal_(network.head.weight)
+    models.save(path, network, arch="cnn", classes=classes, mean=data.MEAN, std=data.STD, size=SIZE,
+                settings={"frozen": False}, epoch=1, accuracy=0.5)  # fmt: skip
+    return path
+
+
+@pytest.fixture(scope="module")
+def one(tmp_path_factory):
+    return checkpoint(tmp_path_factory.mktemp("one") / "best.pt", seed=1)
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory):
+    return checkpoint(tmp_path_factory.mktemp("two") / "best.pt", seed=2)
+
+
+@pytest.fixture
+def call(tmp_path, monkeypatch, capsys):
+    """call("figure", ...): the command in this process, in an empty folder, as if it had been run: starting Python
+    and torch anew takes seconds. What should have been a sentence and is an exception fails the test."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["cam.py"])
+
+    def call(*arguments):
+        capsys.readouterr()
+        status = 0
+        try:
+            cam.main([str(argument) for argument in arguments])
+        except SystemExit as end:
+            status = end.code
+        return subprocess.CompletedProcess(arguments, status, *capsys.readouterr())
+
+    return call
+
+
+# ---------------------------------------------------------------- maps
+
+
+def test_map_equals_a_naive_loop():
+    features, weight = randn(2, 5, 3, 4), randn(6, 5, seed=1)
+    maps = cam.class_activation_maps(features, weight)
+    assert maps.shape == (2, 6, 3, 4)
+    for n, k, y, x in np.ndindex(*maps.shape):
+        cell = sum(float(weight[k, c]) * float(features[n, c, y, x]) for c in range(5))
+        assert float(maps[n, k, y, x]) == pytest.approx(cell, abs=1e-12)
+
+
+def test_map_equals_features_times_the_gradient_of_the_logit():
+    network = untrained("cnn")
+    features = network.features(randn(2, 3, 48, 64)).detach().requires_grad_()
+    maps = cam.class_activation_maps(features, network.head.weight)
+    logits = network.head(features.mean((2, 3)))
+    h, w = features.shape[2:]
+    for k in range(logits.shape[1]):
+        (gradient,) = torch.autograd.grad(logits[:, k].sum(), features, retain_graph=True)
+        assert torch.allclose(maps[:, k], (features * gradient).sum(1) * h * w, atol=1e-12)
+
+
+def test_map_is_linear_in_features_and_in_weight():
+    f, g, v, w = randn(2, 5, 3, 4), randn(2, 5, 3, 4, seed=1), randn(6, 5, seed=2), randn(6, 5, seed=3)
+    maps = cam.class_activation_maps
+    assert torch.allclose(maps(2 * f - 3 * g, w), 2 * maps(f, w) - 3 * maps(g, w), atol=1e-12)
+    assert torch.allclose(maps(f, 2 * v - 3 * w), 2 * maps(f, v) - 3 * maps(f, w), atol=1e-12)
+
+
+@pytest.mark.parametrize("arch", ["cnn", "resnet18"])
+def test_mean_of_the_map_plus_bias_is_the_logit(arch):
+    network, images = untrained(arch), randn(2, 3, 64, 96)
+    with torch.no_grad():
+        maps, logits = cam.MapsAndLogits(network)(images)
+        assert torch.allclose(logits, network(images), rtol=0, atol=1e-10)
+        assert torch.allclose(maps.mean((2, 3)) + network.head.bias, logits, rtol=0, atol=1e-10)
+        cam.check_identity(maps, logits, network.head.bias)
+    assert maps.std() > 0 and maps.dtype == torch.double
+
+
+def test_contrast_is_antisymmetric_and_explains_the_difference_of_logits():
+    network = untrained("cnn")
+    with torch.no_grad():
+        maps, logits = cam.MapsAndLogits(network)(randn(2, 3, 48, 64))
+    bias, contrast = network.head.bias, cam.contrast_map(maps, 3, 7)
+    assert torch.equal(contrast, -cam.contrast_map(maps, 7, 3))
+    difference = logits[:, 3] - logits[:, 7] - (bias[3] - bias[7])
+    assert torch.allclose(contrast.mean((1, 2)), difference, rtol=0, atol=1e-10)
+
+
+class MaxPooled(models.CAMNet):
+    def forward(self, x):
+        return self.head(self.features(x).amax((2, 3)))
+
+
+class NormedHead(nn.Linear):
+    def forward(self, x):
+        return super().forward(F.layer_norm(x, x.shape[1:]))
+
+
+class HiddenHead(nn.Linear):
+    def forward(self, x):
+        return super().forward((x - 0.1).relu())
+
+
+def other_shapes(dtype):
+    good = untrained("cnn").to(dtype)
+    networks = {"max pooling": MaxPooled(good.features, good.head)}
+    for name, kind in (("layer norm", NormedHead), ("hidden layer", HiddenHead)):
+        head = kind(good.head.in_features, len(CLASSES), dtype=dtype)
+        head.load_state_dict(good.head.state_dict())
+        networks[name] = models.CAMNet(good.features, head)
+    return networks
+
+
+@pytest.mark.parametrize("what", ["max pooling", "layer norm", "hidden layer"])
+def test_identity_refuses_logits_that_are_not_of_the_mean(what):
+    network, images = other_shapes(torch.double)[what], randn(2, 3, 48, 64)
+    maps, _ = cam.MapsAndLogits(network)(images)
+    with pytest.raises(cam.CamError, match="miss the logits"):
+        cam.check_identity(maps, network(images), network.head.bias)
+
+
+@pytest.mark.parametrize("what", ["max pooling", "layer norm", "hidden layer"])
+def test_look_refuses_networks_of_another_shape(what):
+    photo = torch.randint(256, (40, 50, 3), generator=seeded(), dtype=torch.uint8)
+    with pytest.raises(cam.CamError, match="miss the logits"):
+        cam.look(other_shapes(torch.float)[what].eval(), {"size": SIZE}, [photo])
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_identity_refuses_features_that_are_not_finite(bad):
+    features, weight, bias = randn(2, 5, 3, 4), randn(6, 5, seed=1), randn(6, seed=2)
+    features[1, 2, 0, 0] = bad
+    maps = cam.class_activation_maps(features, weight)
+    with pytest.raises(cam.CamError, match="not finite"):
+        cam.check_identity(maps, features.mean((2, 3)) @ weight.T + bias, bias)
+
+
+def test_export_gives_the_same_maps_and_logits(tmp_path):
+    network, images = cam.MapsAndLogits(untrained("cnn")).eval(), randn(2, 3, 48, 64)
+    torch.export.save(torch.export.export(network, (images,)), tmp_path / "cam.pt2")
+    again = torch.export.load(tmp_path / "cam.pt2").module()
+    with torch.no_grad():
+        for here, there in zip(network(images), again(images), strict=True):
+            assert torch.allclose(here, there, rtol=0, atol=1e-10)
+
+
+# ---------------------------------------------------------------- upsampling
+
+
+def slow_bilinear(cells, size):
+    """Each pixel's centre lies among four centres of cells; beyond the outermost centres the map goes on level."""
+    (h, w), out = cells.shape, np.zeros(size)
+    for y, x in np.ndindex(*size):
+        at_y = min(max((y + 0.5) * h / size[0] - 0.5, 0), h - 1)
+        at_x = min(max((x + 0.5) * w / size[1] - 0.5, 0), w - 1)
+        for j, i in np.ndindex(h, w):
+            out[y, x] += float(cells[j, i]) * max(0, 1 - abs(at_y - j)) * max(0, 1 - abs(at_x - i))
+    return out
+
+
+SHAPES = [((2, 3), (9, 20)), ((3, 2), (20, 9)), ((1, 1), (4, 7)), ((4, 4), (4, 4)), ((5, 3), (7, 50))]
+
+
+@pytest.mark.parametrize(("cells", "size"), SHAPES)
+def test_upsampling_equals_the_slow_one_and_pillow(cells, size):
+    maps = randn(2, *cells)
+    pixels = cam.upsample(maps, size)
+    assert pixels.shape == (2, *size)
+    for n in range(2):
+        assert np.allclose(pixels[n], slow_bilinear(maps[n], size), atol=1e-12)
+        pillow = Image.fromarray(maps[n].float().numpy()).resize(size[::-1], Image.Resampling.BILINEAR)
+        assert np.allclose(pixels[n], np.array(pillow), atol=1e-5)
+
+
+def test_upsampling_keeps_constants_corners_and_mirror_images():
+    maps = randn(1, 3, 5)
+    pixels = cam.upsample(maps, (31, 40))
+    assert torch.allclose(cam.upsample(torch.full((1, 3, 5), 0.7), (31, 40)), torch.tensor(0.7))
+    assert torch.allclose(pixels[:, [0, 0, -1, -1], [0, -1, 0, -1]], maps[:, [0, 0, -1, -1], [0, -1, 0, -1]])
+    assert torch.allclose(cam.upsample(maps.flip(2), (31, 40)), pixels.flip(2), atol=1e-12)
+    assert torch.allclose(cam.upsample(maps.flip(1), (31, 40)), pixels.flip(1), atol=1e-12)
+
+
+# ---------------------------------------------------------------- colour
+
+
+def to_linear(rgb):
+    """uint8 sRGB (..., 3) as linear light, 0..1."""
+    rgb = torch.as_tensor(rgb).double() / 255
+    return torch.where(rgb <= 0.04045, rgb / 12.92, ((rgb + 0.055) / 1.055) ** 2.4)
+
+
+def oklab_of_linear(linear):
+    """OKLab by Ottosson's own matrices, the way that cam.py does not go."""
+    to_lms = torch.tensor([[0.4122214708, 0.5363325363, 0.0514459929], [0.2119034982, 0.6806995451, 0.1073969566],
+                           [0.0883024619, 0.2817188376, 0.6299787005]], dtype=torch.double)  # fmt: skip
+    to_lab = torch.tensor([[0.2104542553, 0.7936177850, -0.0040720468], [1.9779984951, -2.4285922050, 0.4505937099],
+                           [0.0259040371, 0.7827717662, -0.8086757660]], dtype=torch.double)  # fmt: skip
+    return (linear @ to_lms.T).clamp(min=0) ** (1 / 3) @ to_lab.T
+
+
+def to_oklab(rgb):
+    return oklab_of_linear(to_linear(rgb))
+
+
+def chroma(rgb):
+    return to_oklab(rgb)[..., 1:].norm(dim=-1)
+
+
+def grey_photo(level, shape=(1, 1)):
+    return torch.full((*shape, 3), level, dtype=torch.uint8)
+
+
+KNOWN = [  # OKLab of sRGB colours, as CSS Color 4 lists them
+    ((1, 0, 0), (255, 255, 255)), ((0, 0, 0), (0, 0, 0)), ((0.59987, 0, 0), (128, 128, 128)),
+    ((0.62796, 0.22486, 0.12585), (255, 0, 0)), ((0.86644, -0.23389, 0.17950), (0, 255, 0)),
+    ((0.45201, -0.03246, -0.31153), (0, 0, 255)),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("lab", "rgb"), KNOWN)
+def test_oklab_to_srgb_gives_published_colours(lab, rgb):
+    assert (cam.oklab_to_srgb(torch.tensor(lab).float()) * 255 - torch.tensor(rgb)).abs().max() < 0.2
+    assert torch.allclose(to_oklab(rgb), torch.tensor(lab).double(), atol=1e-4)  # the oracle of the tests below
+
+
+def test_oklab_to_srgb_clips_what_no_screen_shows():
+    rgb = cam.oklab_to_srgb(torch.tensor([[0.7, 0.4, 0.4], [1.3, 0, 0], [0.5, -0.4, 0]]))
+    assert rgb.min() >= 0 and rgb.max() <= 1
+
+
+def test_lightness_is_the_inverse_for_greys():
+    greys = torch.arange(256, dtype=torch.uint8)[None, :, None].expand(1, 256, 3)
+    light = cam.lightness(greys)
+    lab = torch.stack([light, torch.zeros_like(light), torch.zeros_like(light)], -1)
+    assert torch.equal((cam.oklab_to_srgb(lab) * 255).round().to(torch.uint8), greys)
+    assert torch.allclose(light.double(), to_oklab(greys)[..., 0], atol=1e-4)
+
+
+def test_zero_map_is_the_photo_in_grey():
+    photo = torch.randint(256, (20, 30, 3), generator=seeded(), dtype=torch.uint8)
+    photo[:10, :, 1:] = photo[:10, :, :1]
+    shown = cam.overlay(photo, torch.zeros(20, 30), 1.0)
+    assert shown.shape == photo.shape and shown.dtype == torch.uint8
+    assert (shown.max(2).values == shown.min(2).values).all()
+    order = cam.lightness(photo).flatten().argsort()  # what is lighter stays lighter, and nothing is flattened
+    levels = shown[..., 0].flatten()[order].int()
+    assert (levels.diff() >= 0).all() and len(levels.unique()) > 100
+
+
+def test_sign_decides_the_hue():
+    adds, takes = (to_oklab(cam.overlay(grey_photo(128), torch.tensor([[v]]), 1.0))[0, 0] for v in (1.0, -1.0))
+    turn = torch.rad2deg(torch.atan2(adds[2], adds[1]) - torch.atan2(takes[2], takes[1])).remainder(360)
+    assert 120 < turn < 240
+    assert adds[1] > 0 and adds[2] > 0  # orange: towards red and yellow
+    assert takes[2] < 0  # blue
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+@pytest.mark.parametrize("level", [64, 96, 128])  # where a screen can show all colours of the scale
+def test_colourfulness_is_proportional_to_the_map(sign, level):
+    steps = torch.linspace(0, 1, 21)
+    measured = chroma(cam.overlay(grey_photo(level, (1, 21)), sign * 3 * steps[None], 3.0))[0]
+    assert torch.allclose(measured, cam.CHROMA * steps.double(), atol=0.03 * cam.CHROMA)
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+@pytest.mark.parametrize("level", [0, 30, 220, 255])
+def test_colourfulness_grows_even_on_black_and_white(sign, level):
+    measured = chroma(cam.overlay(grey_photo(level, (1, 21)), sign * torch.linspace(0, 1, 21)[None], 1.0))[0]
+    assert (measured.diff() > 0).all()
+
+
+def test_values_beyond_the_scale_are_clipped():
+    photo = torch.randint(256, (5, 6, 3), generator=seeded(), dtype=torch.uint8)
+    for end in (2.0, -2.0):
+        at_end, beyond = (cam.overlay(photo, torch.full((5, 6), v), 2.0) for v in (end, 10 * end))
+        assert torch.equal(at_end, beyond)
+
+
+def test_overlay_leaves_photo_and_map_as_they_are():
+    photo, pixels = torch.randint(256, (5, 6, 3), generator=seeded(), dtype=torch.uint8), randn(5, 6).float()
+    before = photo.clone(), pixels.clone()
+    cam.overlay(photo, pixels, 1.0)
+    assert torch.equal(photo, before[0]) and torch.equal(pixels, before[1])
+
+
+COLOUR_BLIND = {  # Machado et al. 2009, severity 1, on linear RGB
+    "protanopia": [[0.152286, 1.052583, -0.204868], [0.114503, 0.786281, 0.099216], [-0.003882, -0.048116, 1.051998]],
+    "deuteranopia": [[0.367322, 0.860646, -0.227968], [0.280085, 0.672501, 0.047413], [-0.011820, 0.042940, 0.968881]],
+}
+
+
+@pytest.mark.parametrize("eyes", COLOUR_BLIND)
+def test_both_signs_and_zero_differ_to_colour_blind_eyes(eyes):
+    photo = torch.arange(0, 256, 5, dtype=torch.uint8)[None, :, None].expand(1, -1, 3).contiguous()
+    matrix = torch.tensor(COLOUR_BLIND[eyes], dtype=torch.double)
+    adds, zero, takes = (
+        oklab_of_linear((to_linear(cam.overlay(photo, torch.full(photo.shape[:2], v), 1.0)) @ matrix.T).clamp(0, 1))
+        for v in (1.0, 0.0, -1.0)
+    )
+    assert (adds - takes).norm(dim=-1).min() > 0.15  # OKLab: 0.02 is a difference that is just seen
+    assert (adds - zero)[..., 1:].norm(dim=-1).min() > 0.04
+    assert (takes - zero)[..., 1:].norm(dim=-1).min() > 0.04
+
+
+# ---------------------------------------------------------------- the figure, pixel by pixel
+
+MAGENTA = (255, 0, 255)
+TILE = 60
+RAGGED = [(40, 80), (90, 30), (50, 50)]  # height, width: wide, tall, square
+
+
+def noise_photo(size, seed=0):
+    return torch.randint(256, (*size, 3), generator=seeded(seed), dtype=torch.uint8)
+
+
+def cam_row(maps, captions=None, right=None, label="network"):
+    return cam.Row(label, maps, captions or ["caption"] * len(maps), right or [None] * len(maps))
+
+
+def runs(hits):
+    """The unbroken stretches of True in a line: [(first, how many), ...]."""
+    edges = np.flatnonzero(np.diff(np.concatenate([[0], np.asarray(hits, np.int8), [0]])))
+    return [(int(a), int(b - a)) for a, b in edges.reshape(-1, 2)]
+
+
+def places(sizes, titles, rows, tile=TILE):
+    """Where `compose` puts things, found in the picture itself: for each column the photo's x, y, width, height, and
+    of each row's map its y. Photos are magenta here and maps zero, so that both are easy to see."""
+    photos = [torch.tensor(MAGENTA, dtype=torch.uint8).expand(*size, 3).contiguous() for size in sizes]
+    plain = [row._replace(maps=torch.zeros_like(row.maps), right=[None] * len(sizes)) for row in rows]
+    canvas = np.array(cam.compose(photos, titles, plain, tile))
+    grey = cam.overlay(photos[0][:1, :1], torch.zeros(1, 1), 1.0)[0, 0].numpy()
+    magenta, found = (canvas == MAGENTA).all(2), []
+    for x, width in runs(magenta.any(0)):
+        ((y, height),) = runs(magenta[:, x : x + width].any(1))
+        tops = [top for top, n in runs((canvas[:, x : x + width] == grey).all((1, 2))) if n == height]
+        assert len(tops) == len(rows)
+        found.append((x, y, width, height, tops))
+    assert len(found) == len(sizes)
+    return found
+
+
+def test_figure_has_the_size_of_its_tiles():
+    def size(columns, rows, tile=TILE):
+        photos = [noise_photo((50, 50))] * columns
+        return np.array(cam.compose(photos, ["a"] * columns, [cam_row(randn(columns, 3, 3).float())] * rows, tile).size)
+
+    (one, two, three), more = (size(n, 1) for n in (1, 2, 3)), [size(1, n) for n in (2, 3)]
+    assert (two - one == three - two).all() and (more[0] - one == more[1] - more[0]).all()
+    assert TILE <= (two - one)[0] <= 1.2 * TILE and (two - one)[1] == 0  # a column is a tile and a small gap
+    assert TILE <= (more[0] - one)[1] <= 2 * TILE and (more[0] - one)[0] == 0
+    assert np.allclose(size(10, 2, 200), 2 * size(10, 2, 100), rtol=0.02)
+
+
+def test_ragged_photos_take_no_other_place_than_square_ones():
+    rows = [cam_row(randn(3, 3, 4).float())]
+    titles = ["wide", "tall", "square"]
+    ragged = cam.compose([noise_photo(size) for size in RAGGED], titles, rows, TILE)
+    assert ragged.size == cam.compose([noise_photo((50, 50))] * 3, titles, rows, TILE).size
+    for (height, width), (_, _, w, h, _) in zip(RAGGED, places(RAGGED, titles, rows), strict=True):
+        assert max(w, h) == TILE and w / h == pytest.approx(width / height, rel=0.02)  # the aspect is kept
+
+
+def test_same_input_gives_the_same_bytes():
+    def png():
+        file, photos = BytesIO(), [noise_photo(size) for size in RAGGED]
+        cam.compose(photos, ["a", "b", "c"], [cam_row(randn(3, 3, 4).float())], TILE).save(file, "PNG")
+        return file.getvalue()
+
+    assert png() == png()
+
+
+def test_map_lies_over_the_photo_at_the_photo_s_size():
+    photos = [noise_photo(size, seed) for seed, size in enumerate(RAGGED)]
+    rows = [cam_row(randn(3, 3, 4, seed=seed).float()) for seed in (1, 2)]
+    canvas = np.array(cam.compose(photos, ["a", "b", "c"], rows, TILE))
+    for i, (x, y, w, h, tops) in enumerate(places(RAGGED, ["a", "b", "c"], rows)):
+        shown = canvas[y : y + h, x : x + w]
+        for row, top in zip(rows, tops, strict=True):
+            pixels = cam.upsample(row.maps[i : i + 1], (h, w))[0]
+            over = cam.overlay(torch.from_numpy(shown), pixels, row.maps.abs().max())
+            assert np.array_equal(canvas[top : top + h, x : x + w], over)
+
+
+@pytest.mark.parametrize("size", [*RAGGED, (30, 300), (300, 30)])
+@pytest.mark.parametrize(("y", "x"), [(1, 1), (3, 5), (2, 3)])
+def test_hot_cell_is_coloured_where_it_is_in_the_photo(size, y, x):
+    photo = grey_photo(0, size)
+    photo[:, size[1] // 2 :] = 255  # black, then white
+    hot = torch.zeros(1, 5, 7)
+    hot[0, y, x] = 1
+    tile = 140
+    canvas = np.array(cam.compose([photo], ["a"], [cam_row(hot)], tile)).astype(int)
+    ((left, _, w, h, (top,)),) = places([size], ["a"], [cam_row(hot)], tile)
+    shown = canvas[top : top + h, left : left + w]
+    colour = shown.max(2) - shown.min(2)
+    weight = colour * (colour > 8)
+    centre_y, centre_x = ((weight * at).sum() / weight.sum() for at in np.indices((h, w)) + 0.5)
+    assert centre_y == pytest.approx((y + 0.5) / 5 * h, abs=0.02 * h + 0.5)
+    assert centre_x == pytest.approx((x + 0.5) / 7 * w, abs=0.02 * w + 0.5)
+    level = shown.mean(2)[0 if y > 1 else -1]  # a line without colour: the photo's edge is where it was
+    assert level[: w // 2 - 3].max() < level[w // 2 + 3 :].min()
+
+
+def test_a_row_has_one_scale():
+    maps = randn(1, 3, 4).float().expand(3, 3, 4) * torch.tensor([1, 1, 0.5])[:, None, None]
+    rows = [cam_row(maps), cam_row(10 * maps)]  # the second has its own
+    titles = ["a", "b", "c"]
+    canvas = np.array(cam.compose([noise_photo((40, 60))] * 3, titles, rows, TILE))
+    tiles = [[canvas[top : top + h, x : x + w] for x, _, w, h, tops in places([(40, 60)] * 3, titles, rows)
+              for top in tops[r : r + 1]] for r in (0, 1)]  # fmt: skip
+    assert np.array_equal(tiles[0][0], tiles[0][1])
+    assert chroma(tiles[0][2]).mean() == pytest.approx(0.5 * float(chroma(tiles[0][0]).mean()), rel=0.1)
+    assert all(np.array_equal(a, b) for a, b in zip(*tiles, strict=True))
+
+
+def test_only_wrong_predictions_have_a_frame_in_the_colour_of_wrong():
+    photos, maps = [noise_photo(size) for size in RAGGED], torch.ones(3, 2, 2)
+    for wrong in range(3):
+        right = [None if i == (wrong + 1) % 3 else i != wrong for i in range(3)]
+        row = cam_row(maps, right=right)
+        canvas = np.array(cam.compose(photos, ["a", "b", "c"], [row], TILE))
+        for i, (x, _, w, h, (top,)) in enumerate(places(RAGGED, ["a", "b", "c"], [row])):
+            around = (canvas[top - 4 : top + h + 4, x - 2 : x + w + 2] == cam.WRONG).all(2)
+            if i == wrong:
+                assert (around.sum(0) >= h).sum() >= 4 and (around.sum(1) >= w).sum() >= 4  # two thick lines each way
+            else:
+                assert not around.any()
+
+
+def test_long_names_wrap_inside_their_tile():
+    long = "great crested grebe with a rather long name"
+    photos, maps = [noise_photo((50, 50))] * 3, torch.ones(3, 2, 2)
+    row = cam_row(maps, captions=["", long + " 100%", ""], label="")
+    canvas = np.array(cam.compose(photos, ["", long, ""], [row], TILE))
+    (_, (x, y, w, h, (top,)), _) = places([(50, 50)] * 3, ["", long, ""], [row])
+    for band in (canvas[:y], canvas[top + h + 2 :]):  # below the last tick of the colour bar
+        inked = np.flatnonzero((band < 250).any((0, 2)))
+        assert len(inked) and inked.min() >= x - 1 and inked.max() <= x + w
+
+
+@pytest.mark.parametrize("word", ["IMG_20240101_123456789_HDR.jpg", "Donaudampfschifffahrtsgesellschaft"])
+def test_long_words_stay_inside_their_tile(word):
+    photos, maps = [noise_photo((50, 50))] * 3, torch.ones(3, 2, 2)
+    canvas = np.array(cam.compose(photos, ["", word, ""], [cam_row(maps)], TILE))
+    (_, (x, y, w, _, _), _) = places([(50, 50)] * 3, ["", word, ""], [cam_row(maps)])
+    inked = np.flatnonzero((canvas[:y] < 250).any((0, 2)))
+    assert len(inked) and inked.min() >= x - 1 and inked.max() <= x + w
+
+
+class Paper:
+    """What was written on pictures: the text, its font and the pixels it covers."""
+
+    def __init__(self, monkeypatch):
+        self.texts, self.fonts, self.boxes = [], [], []
+        write = ImageDraw.ImageDraw.text
+
+        def text(pen, xy, text, fill=None, font=None, anchor=None, *rest, **options):
+            if str(text).strip():
+                self.texts.append(str(text))
+                self.fonts.append(font)
+                self.boxes.append(pen.textbbox(xy, text, font, anchor))
+            return write(pen, xy, text, fill, font, anchor, *rest, **options)
+
+        monkeypatch.setattr(ImageDraw.ImageDraw, "text", text)
+
+
+def overlapping(boxes, slack=2):
+    return [(a, b) for i, a in enumerate(boxes) for b in boxes[:i]
+            if min(a[2], b[2]) - max(a[0], b[0]) > slack and min(a[3], b[3]) - max(a[1], b[1]) > slack]  # fmt: skip
+
+
+@pytest.mark.parametrize(("columns", "scale"), [(1, 9.96), (2, 9.96), (3, 9.96), (10, 0.04), (10, 43.0), (10, 1234.0)])
+def test_no_text_lies_on_another_or_leaves_the_picture(monkeypatch, columns, scale):
+    paper, label = Paper(monkeypatch), "mobilenet_v2, only its last layer trained: 97.3% of val right"
+    row = cam_row(torch.full((columns, 2, 2), scale), ["English springer 100%"] * columns, label=label)
+    picture = cam.compose([noise_photo((50, 50))] * columns, ["garbage truck"] * columns, [row] * 2, 100)
+    assert not overlapping(paper.boxes)
+    for text, (x0, y0, x1, y1) in zip(paper.texts, paper.boxes, strict=True):
+        assert x0 >= 0 and y0 >= 0 and x1 <= picture.width and y1 <= picture.height, text
+
+
+@pytest.mark.parametrize("scale", [1e-3, 0.04, 0.7, 9.96, 43.0, 1234.0])
+def test_colour_bar_says_its_ends_and_halves(monkeypatch, scale):
+    paper = Paper(monkeypatch)
+    cam.compose([noise_photo((50, 50))], ["a"], [cam_row(torch.full((1, 2, 2), scale), ["b"], label="c")], 100)
+    numbers = sorted(float(text.replace("\u2212", "-")) for text in paper.texts if re.search(r"\d", text))
+    assert numbers == pytest.approx([-scale, -scale / 2, 0, scale / 2, scale], abs=0.08 * scale)
+
+
+def test_text_is_legible_on_a_printed_page(monkeypatch):
+    paper = Paper(monkeypatch)
+    row = cam_row(torch.ones(10, 2, 2), ["English springer 100%"] * 10)
+    picture = cam.compose([noise_photo((50, 50))] * 10, CLASSES, [row, row])
+    points = 210 / 25.4 * 72  # width of an A4 page
+    assert min(font.size for font in paper.fonts) / picture.width * points > 6
+
+
+# ---------------------------------------------------------------- commands
+
+
+def test_every_character_printed_is_in_the_font(call, demo, one, two, monkeypatch):
+    paper = Paper(monkeypatch)
+    photo = next((demo / "val").glob("*/*.JPEG"))
+    call("figure", "--models", one, two, "--data", demo, "--tile", 40)
+    call("explain", photo, "--model", one, "--contrast", CLASSES[0], CLASSES[1], "--tile", 40)
+    call("gallery", "--model", one, "--data", demo, "--tile", 40)
+    face = cam.font(20)
+    missing = bytes(face.getmask("\U0010ffff"))
+    printed = set("".join(paper.texts) + "".join(CLASSES) + "+-.0123456789%") - set(" \n")
+    assert len(printed) > 30
+    assert [c for c in sorted(printed) if bytes(face.getmask(c)) == missing] == []
+
+
+def test_default_photos_are_one_of_each_class_and_always_the_same(demo):
+    chosen = cam.one_of_each_class(demo, 0)
+    assert [name for _, name in chosen] == CLASSES
+    assert [os.path.basename(os.path.dirname(path)) for path, _ in chosen] == list(data.CLASSES)
+    assert chosen == cam.one_of_each_class(demo, 0) != cam.one_of_each_class(demo, 1)
+    assert all("/val/" in str(path) for path, _ in chosen)
+
+
+def test_figure_is_the_same_every_time_and_its_seed_changes_it(call, demo, one, two, tmp_path):
+    for name, more in (("a", []), ("b", ["--seed", 0]), ("c", ["--seed", 1])):
+        result = call("figure", "--models", one, two, "--data", demo, "--tile", 48, "--out", f"new/{name}.png", *more)
+        assert result.returncode == 0 and f"new/{name}.png" in result.stdout
+    a, b, c = (tmp_path / "new" / f"{name}.png" for name in "abc")
+    assert a.read_bytes() == b.read_bytes() != c.read_bytes()
+    assert sorted(p.name for p in a.parent.iterdir()) == ["a.png", "b.png", "c.png"]
+    with Image.open(a) as picture:
+        picture.load()
+        assert picture.format == "PNG" and picture.mode == "RGB" and picture.width > 10 * 48
+
+
+def test_figure_of_photos_of_one_s_own(call, demo, one, tmp_path, monkeypatch):
+    known = next((demo / "val" / "n03028079").glob("*"))
+    shutil.copy(known, tmp_path / "mine.jpg")
+    seen, compose = [], cam.compose
+    monkeypatch.setattr(cam, "compose", lambda *arguments: seen.append(arguments) or compose(*arguments))
+    result = call("figure", "--models", one, "--images", known, "mine.jpg", "--out", "figure.png", "--tile", 48)
+    assert result.returncode == 0 and (tmp_path / "figure.png").exists()
+    ((photos, titles, (row,), _),) = seen
+    assert torch.equal(photos[0], photos[1]) and titles == ["church", "mine.jpg"]
+    assert row.right[0] in (True, False) and row.right[1] is None  # the truth is known of ImageNette's folders alone
+    assert torch.equal(row.maps[0], row.maps[1]) and row.captions[0] == row.captions[1]
+
+
+def test_figure_shows_the_map_and_probability_of_the_prediction(call, demo, one, monkeypatch):
+    rows, compose = [], cam.compose
+    monkeypatch.setattr(cam, "compose", lambda *arguments: rows.extend(arguments[2]) or compose(*arguments))
+    call("figure", "--models", one, "--data", demo, "--tile", 48)
+    network, facts = models.load(one)
+    for i, (path, name) in enumerate(cam.one_of_each_class(demo, 0)):
+        photo = data.from_arrays([data.decode(path)])
+        with torch.no_grad():
+            features = network.features(next(data.eval_batches(photo, facts["size"], 1))[0])
+            probability, best = network.head(features.mean((2, 3))).softmax(1).max(1)
+        expected = (network.head.weight[best[0], :, None, None] * features[0]).sum(0)
+        assert torch.allclose(rows[0].maps[i], expected, atol=1e-5)
+        assert rows[0].captions[i] == f"{CLASSES[best]} {float(probability):.0%}"
+        assert rows[0].right[i] == (CLASSES[best] == name)
+
+
+def picture_of(kind, path):
+    """Write a photo of some kind to `path`, return its upright width and height."""
+    rgb = Image.fromarray(noise_photo((40, 90)).numpy())
+    turn = Image.Exif()
+    turn[0x0112] = 6  # to be turned by a quarter
+    deep = np.linspace(0, 65535, 40 * 90, dtype=np.uint16).reshape(40, 90)
+    image, size, options = {
+        "very wide.png": (rgb.resize((1000, 40)), (1000, 40), {}),
+        "very tall.jpg": (rgb.resize((40, 1000)), (40, 1000), {}),
+        "a line.png": (rgb.resize((300, 1)), (300, 1), {}),
+        "tiny.png": (rgb.resize((5, 7)), (5, 7), {}),
+        "turned.jpg": (rgb, (40, 90), {"exif": turn}),
+        "cmyk.jpg": (rgb.convert("CMYK"), (90, 40), {}),
+        "rgba.png": (rgb.convert("RGBA"), (90, 40), {}),
+        "grey.png": (rgb.convert("L"), (90, 40), {}),
+        "deep.png": (Image.fromarray(deep), (90, 40), {}),
+    }[kind]
+    image.save(path, **options)
+    return size
+
+
+KINDS = ["very wide.png", "very tall.jpg", "a line.png", "tiny.png", "turned.jpg", "cmyk.jpg", "rgba.png", "grey.png",
+         "deep.png"]  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_explain_takes_every_photo_and_shows_it_upright(call, one, tmp_path, monkeypatch, kind):
+    width, height = picture_of(kind, tmp_path / kind)
+    seen, compose = [], cam.compose
+    monkeypatch.setattr(cam, "compose", lambda *arguments: seen.append(arguments) or compose(*arguments))
+    result = call("explain", kind, "--model", one, "--tile", 80, "--out", "here")
+    assert result.returncode == 0 and result.stderr == ""
+    ((photos, titles, (row,), _),) = seen
+    assert {tuple(photo.shape) for photo in photos} == {(height, width, 3)}
+    with Image.open(tmp_path / "here" / f"{kind.split('.')[0]}-explained.png") as picture:
+        assert picture.size == compose(photos, titles, [row], 80).size
+    for _, _, w, h, _ in places([(height, width)] * 3, titles, [row], 80):
+        assert (w, h) == pytest.approx((80 * width / max(width, height), 80 * height / max(width, height)), abs=1)
+
+
+def test_explain_shows_the_top_classes_in_order_and_the_contrast(call, demo, one, monkeypatch):
+    photo = next((demo / "val").glob("*/*.JPEG"))
+    seen, compose = [], cam.compose
+    monkeypatch.setattr(cam, "compose", lambda *arguments: seen.append(arguments) or compose(*arguments))
+    a, b = CLASSES[2], CLASSES[5]
+    assert call("explain", photo, "--model", one, "--top", 4, "--contrast", a, b, "--tile", 60).returncode == 0
+    ((_, titles, (row,), _),) = seen
+    network, facts = models.load(one)
+    maps, logits, probabilities = cam.look(network, facts, [torch.from_numpy(data.decode(photo))])
+    order = probabilities[0].argsort(descending=True)[:4].tolist()
+    assert titles[:4] == [CLASSES[k] for k in order] and a in titles[4] and b in titles[4]
+    assert torch.equal(row.maps[:4], maps[0, order]) and torch.equal(row.maps[4], maps[0, 2] - maps[0, 5])
+    assert f"{float(probabilities[0, order[0]]):.1%}" in row.captions[0]
+    assert f"{float(logits[0, order[0]]):+.2f}" in row.captions[0]
+
+
+def test_explain_makes_a_folder_of_pictures_of_a_folder(call, demo, one, tmp_path):
+    folder = demo / "val" / "n03028079"
+    assert call("explain", folder, "--model", one, "--tile", 40, "--out", "new").returncode == 0
+    assert len(list((tmp_path / "new").glob("*.png"))) == len(list(folder.glob("*.JPEG"))) == 2
+
+
+def test_explain_keeps_photos_of_the_same_name_apart(call, demo, one, tmp_path):
+    for i, photo in enumerate(list((demo / "val").glob("*/*.JPEG"))[:2]):
+        (tmp_path / str(i)).mkdir()
+        shutil.copy(photo, tmp_path / str(i) / "photo.jpg")
+    call("explain", "0/photo.jpg", "1/photo.jpg", "--model", one, "--tile", 40, "--out", "new")
+    assert len(list((tmp_path / "new").rglob("*.png"))) == 2
+
+
+def test_gallery_shows_mistakes_most_confident_first(call, demo, one, monkeypatch):
+    seen, compose = [], cam.compose
+    monkeypatch.setattr(cam, "compose", lambda *arguments: seen.append(arguments) or compose(*arguments))
+    assert call("gallery", "--model", one, "--data", demo, "--count", 5, "--tile", 40).returncode == 0
+    ((photos, titles, (said, there), _),) = seen
+    assert len(photos) == 5 and not any(said.right) and all(there.right)
+    for truth, guess, caption in zip(titles, said.captions, there.captions, strict=True):
+        assert caption.startswith(truth) and not guess.startswith(truth)
+    confidence = [int(re.search(r"(\d+)%", caption)[1]) for caption in said.captions]
+    assert confidence == sorted(confidence, reverse=True)
+
+
+# ---------------------------------------------------------------- bad input
+
+
+def test_missing_checkpoint_is_refused_by_the_command(run):
+    assert refused(run("cam.py", "explain", "photo.jpg", "--model", "nowhere/best.pt"), "nowhere/best.pt", "train")
+
+
+@pytest.mark.parametrize("command", ["figure", "explain", "gallery"])
+def test_garbage_checkpoints_are_refused(call, demo, tmp_path, command):
+    (tmp_path / "garbage.pt").write_bytes(b"not a checkpoint" * 100)
+    torch.save({"weights": torch.zeros(3)}, tmp_path / "stranger.pt")
+    photo = next((demo / "val").glob("*/*.JPEG"))
+    for name in ("garbage.pt", "stranger.pt", "missing.pt"):
+        arguments = {"figure": ["--data", demo, "--models"], "explain": [photo, "--model"], "gallery": ["--model"]}
+        assert refused(call(command, *arguments[command], name), name)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["garbage.pt", "stranger.pt"]
+
+
+def test_missing_and_damaged_photos_are_refused_by_name(call, demo, one, tmp_path):
+    whole = next((demo / "val").glob("*/*.JPEG")).read_bytes()
+    (tmp_path / "half.jpg").write_bytes(whole[: len(whole) // 2])
+    (tmp_path / "empty.jpg").write_bytes(b"")
+    (tmp_path / "text.jpg").write_text("no photo")
+    for name in ("missing.jpg", "half.jpg", "empty.jpg", "text.jpg"):
+        assert refused(call("explain", name, "--model", one), name)
+        assert refused(call("figure", "--images", name, "--models", one), name)
+    assert not list(tmp_path.rglob("*.png"))
+
+
+def test_networks_of_different_classes_are_refused(call, demo, one, tmp_path):
+    pets = checkpoint(tmp_path / "pets.pt", classes=["cat", "dog"])
+    assert refused(call("figure", "--models", one, pets, "--data", demo), "pets.pt", "other classes")
+
+
+def test_unknown_class_of_a_contrast_is_refused(call, demo, one):
+    photo = next((demo / "val").glob("*/*.JPEG"))
+    assert refused(call("explain", photo, "--model", one, "--contrast", "tench", "unicorn"), "unicorn")
+
+
+@pytest.mark.parametrize("command", ["figure", "explain"])
+def test_output_below_a_file_is_refused(call, demo, one, tmp_path, command):
+    (tmp_path / "file").write_text("here first")
+    photo = next((demo / "val").glob("*/*.JPEG"))
+    what = ["figure", "--models", one, "--images", photo] if command == "figure" else ["explain", photo, "--model", one]
+    assert refused(call(*what, "--tile", 40, "--out", "file/new/out.png"), "file")
+    assert (tmp_path / "file").read_text() == "here first" and not list(tmp_path.glob("*.part"))
+
+
+@pytest.mark.parametrize("options", [["--tile", 0], ["--tile", 1], ["--tile", -5], ["--top", 0], ["--top", -1]])
+def test_numbers_that_make_no_picture_are_refused(call, demo, one, options):
+    photo = next((demo / "val").glob("*/*.JPEG"))
+    result = call("explain", photo, "--model", one, *options)
+    assert result.returncode == 2 and options[0] in result.stderr
+
+
+def test_checkpoint_whose_numbers_are_not_finite_is_refused(call, demo, one, tmp_path):
+    network, facts = models.load(one)
+    nn.init.constant_(network.head.bias, float("nan"))
+    models.save(tmp_path / "nan.pt", network, **{k: v for k, v in facts.items() if k != "format"})
+    photo = next((demo / "val").glob("*/*.JPEG"))
+    assert refused(call("explain", photo, "--model", "nan.pt"), "not finite")
+
+
+def test_full_disk_leaves_the_picture_of_before(tmp_path, monkeypatch):
+    path = tmp_path / "figure.png"
+    cam.save_png(Image.new("RGB", (8, 8)), path)
+    before = path.read_bytes()
+
+    def full(image, file, *rest, **options):
+        with open(file, "wb") as part:
+            part.write(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Image.Image, "save", full)
+    with pytest.raises(OSError, match="No space left on device.*figure.png"):
+        cam.save_png(Image.new("RGB", (9, 9)), path)
+    assert path.read_bytes() == before and [p.name for p in tmp_path.iterdir()] == ["figure.png"]
+
+
+@pytest.mark.parametrize("command", ["figure", "explain", "gallery"])
+def test_help_shows_the_defaults(call, command):
+    result = call(command, "--help")
+    assert result.returncode == 0 and "default: " in result.stdout and "best.pt" in result.stdout
+
+
+# ---------------------------------------------------------------- the file alone
+
+
+ALONE = """
+import os, sys, torch
+state, before = torch.get_rng_state(), set(os.listdir())
+import cam
+assert torch.equal(state, torch.get_rng_state()) and set(os.listdir()) - before <= {"__pycache__"}
+assert not {"data", "models", "train", "score"} & set(sys.modules)
+assert cam.__file__ == os.path.abspath("cam.py")
+network = torch.nn.Module()
+network.features, network.head = torch.nn.Conv2d(3, 8, 16, 16), torch.nn.Linear(8, 10)
+images = torch.randn(2, 3, 160, 160)
+lines = [line.strip() for line in cam.__doc__.splitlines() if " = " in line and line.startswith("    ")]
+assert len(lines) == 3, lines
+exec("\\n".join(lines))
+assert maps.shape == (2, 10, 10, 10) and pixels.shape == (2, 160, 160)
+assert torch.allclose(maps.mean((2, 3)) + network.head.bias, network.head(features.mean((2, 3))), atol=1e-5)
+photo = torch.randint(256, (160, 160, 3), dtype=torch.uint8)
+row = cam.Row("mine", maps[:, 3].detach(), ["a", "b"], [True, False])
+cam.compose([photo, photo], ["one", "two"], [row]).save("figure.png")
+"""
+
+
+def test_file_works_alone_and_its_import_does_nothing(tmp_path):
+    shutil.copy(REPO / "cam.py", tmp_path)
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+    command = [sys.executable, "-c", ALONE]
+    result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
+    assert (tmp_path / "figure.png").exists()

@@ -1,0 +1,873 @@
+"""data.py against Pillow, against torchvision's ImageFolder, and against all that can be wrong with its input."""
+
+import gzip
+import hashlib
+import http.server
+import io
+import json
+import os
+import random
+import shutil
+import socket
+import subprocess
+import sys
+import tarfile
+import threading
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torchvision
+from conftest import REPO, refused
+from PIL import Image
+
+import data
+
+TENCH, LAST = "n01440764", "n03888257"
+ROUNDING = 1.05  # grey levels: Pillow rounds to uint8 twice, after the columns and after the rows
+MEAN, STD = (255 * torch.tensor(v) for v in (data.MEAN, data.STD))
+
+
+def noise(height, width, seed=0):
+    """A photo without two equal pixels to speak of: whatever is shifted, mirrored or mixed up shows."""
+    return np.random.default_rng([seed, height, width]).integers(0, 256, (height, width, 3), np.uint8)
+
+
+def ragged():
+    """Photos of four sizes, none square but one."""
+    sizes = [(37, 61), (80, 50), (64, 64), (21, 28)]
+    return data.from_arrays([noise(*size) for size in sizes], range(len(sizes)))
+
+
+def plain_colours(count):
+    """Photos of one colour each, which tells them apart however they are cropped: photo i is grey level i."""
+    return data.from_arrays([torch.full((9 + i % 3, 12, 3), i, dtype=torch.uint8) for i in range(count)], range(count))
+
+
+def grey_levels(images):
+    """A batch (B, 3, h, w) as it was before normalisation: (B, h, w, 3), 0 to 255."""
+    return images.permute(0, 2, 3, 1) * STD + MEAN
+
+
+def batch_of(photos, size=24, seed=0, **options):
+    """All photos as one training batch."""
+    [batch] = data.train_batches(photos, size, len(photos), torch.Generator().manual_seed(seed), **options)
+    return batch
+
+
+@pytest.fixture
+def small(tmp_path):
+    """An ImageNette folder of its own for every test: two photos of 14 x 10 pixels and more in each class."""
+    folder = tmp_path / "photos" / "small"
+    for split in data.COUNTS:
+        for i, wnid in enumerate(data.CLASSES):
+            (folder / split / wnid).mkdir(parents=True)
+            for j in range(2):
+                Image.fromarray(noise(10 + i, 14 + j, i)).save(folder / split / wnid / f"{j}.png")
+    return folder
+
+
+@pytest.fixture
+def no_decoding(monkeypatch):
+    """Call it, and from then on nothing may be decoded."""
+
+    def refuse(path):
+        raise AssertionError(f"{path} was decoded again")
+
+    return lambda: monkeypatch.setattr(data, "decode", refuse)
+
+
+def made_in(folder):
+    """The names of what data.py left in a folder of photos or of archives, locks aside."""
+    names = {p.name for p in Path(folder).iterdir()} if Path(folder).exists() else set()
+    return {name for name in names - {"train", "val"} if not name.endswith(".lock")}
+
+
+def command(monkeypatch, capsys, *arguments):
+    """`python data.py ...` without the seconds a new Python takes: (exit status, lines on stderr)."""
+    monkeypatch.setattr(sys, "argv", ["data.py", *map(str, arguments)])
+    status = 0
+    try:
+        data.main()
+    except SystemExit as end:
+        status = end.code
+    return status, capsys.readouterr().err.splitlines()
+
+
+# ---------------------------------------------------------------- photos
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_loads_what_imagefolder_loads(demo, split):
+    photos, reference = data.load(demo, split), torchvision.datasets.ImageFolder(demo / split)
+    assert list(data.CLASSES) == reference.classes
+    assert [str(demo / split / name) for name in photos.names] == [path for path, _ in reference.samples]
+    assert photos.labels.tolist() == reference.targets
+    for i, (image, _) in enumerate(reference):
+        assert np.array_equal(photos[i], image)
+
+
+def test_demo_photos_keep_their_aspect(demo):
+    photos = data.load(demo, "val")
+    assert (photos.height != photos.width).any()
+    assert photos.pixels.shape == (int((photos.height * photos.width).sum()), 3) and photos.pixels.dtype == torch.uint8
+
+
+def test_subset_shares_the_pixels():
+    photos = ragged()
+    some = photos.subset(torch.tensor([2, 0]))
+    assert len(some) == 2 and some.names == ["2", "0"] and some.labels.tolist() == [2, 0]
+    assert torch.equal(some[1], photos[0]) and some.pixels.data_ptr() == photos.pixels.data_ptr()
+
+
+def encoded(image, kind, **options):
+    file = io.BytesIO()
+    image.save(file, kind, **options)
+    file.seek(0)
+    return file
+
+
+def palette():
+    image = Image.frombytes("P", (3, 1), bytes([0, 1, 2]))
+    image.putpalette([255, 0, 0, 0, 255, 0, 0, 0, 255])
+    return image
+
+
+RED, GREEN, BLUE, WHITE = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)
+MODES = {  # name: (image, format, options, the RGB values of its first row)
+    "grey": (Image.new("L", (2, 1), 77), "PNG", {}, [(77, 77, 77)] * 2),
+    "grey JPEG": (Image.new("L", (8, 8), 77), "JPEG", {}, [(77, 77, 77)] * 8),
+    "black and white": (Image.new("1", (1, 1), 1), "PNG", {}, [WHITE]),
+    "CMYK JPEG": (Image.new("CMYK", (8, 8), (0, 255, 255, 0)), "JPEG", {"quality": 100}, [RED] * 8),
+    "CMYK TIFF": (Image.new("CMYK", (1, 1), (255, 0, 255, 0)), "TIFF", {}, [GREEN]),
+    "palette": (palette(), "PNG", {}, [RED, GREEN, BLUE]),
+    "palette, one colour transparent": (palette(), "PNG", {"transparency": 1}, [RED, WHITE, BLUE]),
+    "palette, half transparent": (palette(), "PNG", {"transparency": b"\xff\x00\x80"}, [RED, WHITE, (127, 127, 255)]),
+    "GIF": (palette(), "GIF", {}, [RED, GREEN, BLUE]),
+    "GIF, transparent": (palette(), "GIF", {"transparency": 1}, [RED, WHITE, BLUE]),
+    "RGBA": (Image.fromarray(np.array([[(9, 8, 7, 255), (9, 8, 7, 0)]], np.uint8)), "PNG", {}, [(9, 8, 7), WHITE]),
+    "RGB, one colour transparent": (Image.new("RGB", (1, 1), (9, 8, 7)), "PNG", {"transparency": (9, 8, 7)}, [WHITE]),
+    "LA": (Image.fromarray(np.array([[(100, 255), (100, 0)]], np.uint8)), "PNG", {}, [(100,) * 3, WHITE]),
+    "16 bits": (Image.fromarray(np.array([[257 * 100, 65535]], np.uint16)), "PNG", {}, [(100,) * 3, WHITE]),
+    "16 bits TIFF": (Image.fromarray(np.array([[257 * 7]], np.uint16)), "TIFF", {}, [(7,) * 3]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_every_mode_becomes_rgb(mode):
+    image, kind, options, expected = MODES[mode]
+    array = data.decode(encoded(image, kind, **options))
+    assert array.shape == (image.height, image.width, 3) and array.dtype == np.uint8
+    assert np.abs(array[0].astype(int) - expected).max() <= (3 if kind == "JPEG" else 0)
+
+
+# How a camera stores an upright photo (EXIF tag 274): what was turned one way is to be shown turned the other.
+STORED = {1: lambda u: u, 2: np.fliplr, 3: lambda u: np.rot90(u, 2), 4: np.flipud,
+          5: lambda u: u.swapaxes(0, 1), 6: lambda u: np.rot90(u, 1),
+          7: lambda u: np.rot90(u, 2).swapaxes(0, 1), 8: lambda u: np.rot90(u, -1)}  # fmt: skip
+
+
+@pytest.mark.parametrize("orientation", STORED)
+def test_exif_orientation_is_undone(orientation):
+    upright = np.kron(noise(2, 3), np.ones((16, 16, 1), np.uint8))  # flat blocks survive a JPEG
+    exif = Image.Exif()
+    exif[274] = orientation
+    stored = Image.fromarray(np.ascontiguousarray(STORED[orientation](upright)))
+    array = data.decode(encoded(stored, "JPEG", exif=exif, quality=100, subsampling=0))
+    assert array.shape == upright.shape and np.abs(array.astype(int) - upright).max() <= 4
+
+
+def test_a_picture_of_too_many_pixels_is_refused(monkeypatch):
+    monkeypatch.setattr(data, "MAX_PIXELS", 100)
+    with pytest.raises(data.DataError, match="photo.png .*11 x 10 pixels"):
+        data.decode(encoded(Image.new("RGB", (11, 10)), "PNG"), "photo.png")
+
+
+# ---------------------------------------------------------------- crops and batches
+
+
+@pytest.mark.parametrize("flip", [False, True])
+@pytest.mark.parametrize("size", [9, 32, 160])  # far down, about even, far up
+@pytest.mark.parametrize("share", [(0, 0, 1, 1), (0.13, 0.2, 0.5, 0.71), (0.4, 0, 0.6, 0.3)])
+def test_resample_is_pillows_resize(size, share, flip):
+    photos, index = ragged(), torch.tensor([3, 1, 0, 2, 1])
+    frame = torch.stack([photos.height, photos.width] * 2, 1)[index]
+    boxes = torch.tensor(share) * frame
+    images = grey_levels(data.resample(photos, index, boxes, size, torch.full((5,), flip)))
+    for i, (image, box) in enumerate(zip(images, boxes.double().tolist(), strict=True)):
+        y, x, h, w = box
+        pillow = Image.fromarray(photos[index[i]].numpy()).resize((size, size), Image.BILINEAR, (x, y, x + w, y + h))
+        pillow = np.asarray(pillow, float)[:, ::-1] if flip else np.asarray(pillow, float)
+        assert np.abs(image.numpy() - pillow).max() <= ROUNDING
+
+
+def test_a_batch_is_its_photos_one_by_one():
+    photos, flip = ragged(), torch.tensor([True, False, True, False])
+    boxes = data.random_boxes(photos, torch.arange(4), torch.Generator().manual_seed(0))
+    together = data.resample(photos, torch.arange(4), boxes, 24, flip)
+    for i in range(4):
+        alone = data.resample(photos, torch.tensor([i]), boxes[i : i + 1], 24, flip[i : i + 1])
+        assert torch.allclose(alone[0], together[i], atol=1e-5)
+
+
+def test_mirroring_mirrors():
+    photos = ragged()
+    [(images, _)], [(mirrored, _)] = (list(data.eval_batches(photos, 24, 4, flip=f)) for f in (False, True))
+    assert torch.allclose(images.flip(3), mirrored, atol=1e-5) and not torch.allclose(images, mirrored, atol=0.1)
+
+
+def test_random_boxes_are_what_they_say():
+    photos, index = data.from_arrays([noise(60, 80), noise(80, 60), noise(64, 64)]), torch.arange(3).repeat(2000)
+    y, x, h, w = data.random_boxes(photos, index, torch.Generator().manual_seed(0), (0.25, 1.0)).T
+    height, width = photos.height[index], photos.width[index]
+    assert min(y.min(), x.min()) >= 0 and (y + h - height).max() < 1e-3 and (x + w - width).max() < 1e-3
+    share, aspect = h * w / (height * width), w / h
+    assert share.min() >= 0.2499 and share.max() <= 1.0001 and 0.7499 <= aspect.min() and aspect.max() <= 1.3334
+    assert share.min() < 0.26 and share.max() > 0.95 and aspect.min() < 0.76 and aspect.max() > 1.32  # all of the range
+    assert (y / height).max() > 0.4 and (x / width).max() > 0.4  # anywhere in the photo
+
+
+def test_random_boxes_stay_inside_a_panorama():
+    photos, index = data.from_arrays([noise(20, 100), noise(100, 20)]), torch.arange(2).repeat(500)
+    y, x, h, w = data.random_boxes(photos, index, torch.Generator().manual_seed(0)).T
+    assert min(y.min(), x.min()) >= 0 and min(h.min(), w.min()) > 1
+    assert (y + h - photos.height[index]).max() < 1e-3 and (x + w - photos.width[index]).max() < 1e-3
+
+
+def test_plain_boxes_are_slices():
+    photos, index = ragged().subset(torch.arange(3)), torch.arange(3).repeat(100)
+    boxes = data.plain_boxes(photos, index, 32, torch.Generator().manual_seed(0))
+    images = grey_levels(data.resample(photos, index, boxes, 32))
+    assert torch.equal(boxes, boxes.round())
+    for i, image, (y, x, h, w) in zip(index, images, boxes.int().tolist(), strict=True):
+        assert (h, w) == (32, 32) and min(y, x) >= 0
+        assert torch.allclose(image, photos[i][y : y + 32, x : x + 32].float(), atol=1e-3)
+    assert set(boxes[index == 0, 0].tolist()) == set(range(37 - 32 + 1))  # every place, both edges included
+
+
+def test_plain_boxes_refuse_a_photo_smaller_than_the_crop():
+    with pytest.raises(data.DataError, match="3 has 28 x 21 pixels, fewer than the 24 x 24 crop"):
+        batch_of(ragged(), 24, plain=True)
+
+
+@pytest.mark.parametrize("plain", [False, True])
+def test_an_epoch_shows_every_photo_once_with_its_label(plain):
+    photos, seen = plain_colours(23), []
+    for images, labels in data.train_batches(photos, 8, 5, torch.Generator().manual_seed(0), plain=plain):
+        assert torch.allclose(grey_levels(images), labels[:, None, None, None].float(), atol=1e-2)
+        seen += labels.tolist()
+    assert sorted(seen) == list(range(23)) and seen != sorted(seen)
+
+
+def test_no_batch_of_one_alone():
+    sizes = [len(labels) for _, labels in data.train_batches(plain_colours(21), 8, 5, torch.Generator())]
+    assert sizes == [5, 5, 5, 5]
+    assert [len(labels) for _, labels in data.train_batches(plain_colours(2), 8, 1, torch.Generator())] == [1, 1]
+
+
+def test_the_generator_decides_everything():
+    photos, state = ragged(), torch.get_rng_state()
+    (a, a_labels), (b, b_labels), (c, _) = batch_of(photos, seed=1), batch_of(photos, seed=1), batch_of(photos, seed=2)
+    assert torch.equal(a, b) and torch.equal(a_labels, b_labels) and not torch.equal(a, c)
+    orders = {tuple(batch_of(photos, seed=seed)[1].tolist()) for seed in range(10)}
+    assert len(orders) > 1 and torch.equal(torch.get_rng_state(), state)
+
+
+def test_about_half_is_mirrored():
+    ramp = torch.arange(40, dtype=torch.uint8).view(1, 40, 1).expand(40, 40, 3) * 6  # brighter to the right
+    images, _ = batch_of(data.from_arrays([ramp] * 400), size=8)
+    mirrored = (images[..., 0] > images[..., -1]).all(2).all(1).float().mean()
+    assert 0.4 < mirrored < 0.6
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 64])
+def test_evaluation_is_in_order_whole_and_always_the_same(batch_size):
+    photos = ragged()
+    first, again = (list(data.eval_batches(photos, 24, batch_size)) for _ in range(2))
+    assert all(torch.equal(a, b) for (a, _), (b, _) in zip(first, again, strict=True))
+    assert torch.cat([labels for _, labels in first]).tolist() == photos.labels.tolist()
+    for i, image in enumerate(grey_levels(torch.cat([images for images, _ in first]))):
+        pillow = Image.fromarray(photos[i].numpy()).resize((24, 24), Image.BILINEAR)  # the frame, nothing cut off
+        assert np.abs(image.numpy() - np.asarray(pillow, float)).max() <= ROUNDING
+
+
+@pytest.mark.parametrize("batches", [lambda p: data.train_batches(p, 24, 4, torch.Generator()),
+                                     lambda p: data.eval_batches(p, 24, 4)], ids=["train", "eval"])  # fmt: skip
+def test_batches_are_float32_and_channels_last(batches):
+    for images, labels in batches(ragged()):
+        assert images.shape == (4, 3, 24, 24) and images.dtype == torch.float32 and labels.dtype == torch.int64
+        assert images.is_contiguous(memory_format=torch.channels_last)
+
+
+# ---------------------------------------------------------------- decoding once
+
+
+def test_the_second_load_decodes_nothing(small, no_decoding):
+    first = data.load(small, "train")
+    no_decoding()
+    second = data.load(small, "train")
+    assert torch.equal(first.pixels, second.pixels) and first.names == second.names
+    assert made_in(small) == {"train.pixels"}
+
+
+def change(photo):
+    Image.fromarray(noise(30, 30)).save(photo)
+    os.utime(photo, (1, 1))
+
+
+CHANGES = {
+    "changed": change,
+    "touched": lambda photo: os.utime(photo, (1, 1)),
+    "added": lambda photo: shutil.copy(photo, photo.with_name("a.png")),
+    "removed": lambda photo: photo.unlink(),
+    "renamed": lambda photo: photo.rename(photo.with_name("z.png")),
+}
+
+
+@pytest.mark.parametrize("what", CHANGES)
+def test_a_folder_that_changed_is_decoded_anew(small, what, monkeypatch):
+    data.load(small, "train")
+    CHANGES[what](small / "train" / TENCH / "0.png")
+    decoded, decode = [], data.decode
+    monkeypatch.setattr(data, "decode", lambda path: decoded.append(path) or decode(path))
+    photos, reference = data.load(small, "train"), torchvision.datasets.ImageFolder(small / "train")
+    assert len(decoded) == len(photos) == len(reference)
+    assert all(np.array_equal(photos[i], image) for i, (image, _) in enumerate(reference))
+
+
+TORN = {
+    "empty": lambda raw: b"",
+    "short": lambda raw: raw[:5],
+    "cut": lambda raw: raw[: len(raw) // 2],
+    "without its first pixel": lambda raw: raw[3:],
+    "zeros": lambda raw: bytes(len(raw)),
+    "ones": lambda raw: b"\xff" * len(raw),
+    "noise": lambda raw: random.Random(0).randbytes(len(raw)),
+    "another index": lambda raw: raw + b"[]" + (2).to_bytes(8, "little"),
+    "an index of nothing": lambda raw: b'{"pixels": 0}' + (13).to_bytes(8, "little"),
+}
+
+
+@pytest.mark.parametrize("how", TORN)
+def test_a_torn_pixels_file_is_made_anew(small, how):
+    packed, pixels = small / "train.pixels", data.load(small, "train").pixels.clone()
+    packed.write_bytes(TORN[how](packed.read_bytes()))
+    assert torch.equal(data.load(small, "train").pixels, pixels)
+
+
+def test_an_interrupted_decoding_leaves_nothing(small, monkeypatch):
+    decode = data.decode
+
+    def interrupt(path):
+        if LAST in path:
+            raise KeyboardInterrupt
+        return decode(path)
+
+    monkeypatch.setattr(data, "decode", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        data.load(small, "train")
+    assert made_in(small) == set()
+
+
+def test_the_pixels_are_mapped_and_never_written_back(small):
+    photos, before = data.load(small, "train"), (small / "train.pixels").read_bytes()
+    if Path("/proc/self/maps").exists():
+        assert str(small / "train.pixels") in Path("/proc/self/maps").read_text()
+    photos.pixels.fill_(0)
+    assert (small / "train.pixels").read_bytes() == before
+
+
+def test_a_read_only_folder_is_packed_elsewhere(small, tmp_path, monkeypatch, no_decoding):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(os, "access", lambda path, mode: False)  # root may write anywhere, whatever the folder says
+    first = data.load(small, "val")
+    assert made_in(small) == set() and len(list(Path("data").glob("small-*-val.pixels"))) == 1
+    no_decoding()
+    assert torch.equal(data.load(small, "val").pixels, first.pixels)
+
+
+def test_what_is_no_photo_is_skipped_and_counted(small, capsys):
+    tench = small / "train" / TENCH
+    for name in (".hidden.JPEG", ".DS_Store", "notes.txt", "Thumbs.db"):
+        (tench / name).write_text("no photo")
+    (tench / "folder.JPEG").mkdir()
+    (small / "train" / ".ipynb_checkpoints").mkdir()
+    assert len(data.load(small, "train")) == 20
+    assert "4 files that are no photos skipped" in capsys.readouterr().err
+
+
+DAMAGE = {
+    "zero bytes": lambda raw: b"",
+    "truncated": lambda raw: raw[: len(raw) // 2],
+    "header alone": lambda raw: raw[:20],
+    "text": lambda raw: b"<html>404 Not Found</html>",
+}
+
+
+def damage(folder, how, name="n02979186/0.JPEG"):
+    """One photo of the train split, a damaged JPEG now."""
+    photo = folder / "train" / name
+    photo.with_suffix(".png").unlink()
+    photo.write_bytes(DAMAGE[how](encoded(Image.fromarray(noise(40, 40)), "JPEG").getvalue()))
+    return photo
+
+
+@pytest.mark.parametrize("how", DAMAGE)
+def test_a_damaged_photo_is_named(small, how):
+    photo = damage(small, how)
+    with pytest.raises(data.DataError, match="--skip-bad") as error:
+        data.load(small, "train")
+    assert str(photo) in str(error.value) and "\n" not in str(error.value)
+    assert made_in(small) == set()
+
+
+def test_skip_bad_leaves_damaged_photos_out_and_counts_them(small, capsys, no_decoding):
+    bad = [damage(small, "truncated"), damage(small, "text", "n03425413/1.JPEG")]
+    photos = data.load(small, "train", skip_bad=True)
+    assert "2 damaged photos left out" in capsys.readouterr().err
+    assert len(photos) == 18 and not {f"{p.parent.name}/{p.name}" for p in bad} & set(photos.names)
+    assert photos.labels.tolist() == [list(data.CLASSES).index(name.split("/")[0]) for name in photos.names]
+    assert np.array_equal(photos[17], Image.open(small / "train" / photos.names[17]))
+    before = (small / "train.pixels").read_bytes()
+    with pytest.raises(data.DataError, match="n02979186/0.JPEG"):  # asked for all of them, it says again what is wrong
+        data.load(small, "train")
+    assert (small / "train.pixels").read_bytes() == before and made_in(small) == {"train.pixels"}
+    no_decoding()
+    assert len(data.load(small, "train", skip_bad=True)) == 18
+    assert "2 damaged photos left out" in capsys.readouterr().err
+
+
+def test_skip_bad_needs_one_photo_of_every_class(small):
+    for j in range(2):
+        damage(small, "zero bytes", f"{TENCH}/{j}.JPEG")
+    with pytest.raises(data.DataError, match="without a single readable photo"):
+        data.load(small, "train", skip_bad=True)
+    assert made_in(small) == set()
+
+
+def test_two_processes_at_once_make_one_file(small, tmp_path):
+    start = [sys.executable, str(REPO / "data.py"), str(small)]
+    both = [subprocess.Popen(start, cwd=tmp_path, stderr=subprocess.PIPE, text=True) for _ in range(2)]
+    errors = [process.communicate(timeout=120)[1] for process in both]
+    assert [process.returncode for process in both] == [0, 0], errors
+    assert made_in(small) == {"train.pixels", "val.pixels"}
+    if data.fcntl:
+        assert "".join(errors).count("decoding") == 2  # each split once, not twice
+    assert len(data.load(small, "train")) == 20
+
+
+# ---------------------------------------------------------------- folders
+
+
+def empty(folder):
+    shutil.rmtree(folder)
+    folder.mkdir()
+
+
+WRONG_FOLDERS = {  # what is done to it, what the sentence says
+    "missing": (shutil.rmtree, ["small does not exist", "DATA="]),
+    "empty": (empty, ["train is missing"]),
+    "without val": (lambda f: shutil.rmtree(f / "val"), ["val is missing"]),
+    "class missing": (lambda f: shutil.rmtree(f / "val" / TENCH), [f"val/{TENCH} is missing"]),
+    "unknown class": (lambda f: (f / "train" / "n00000000").mkdir(), ["train/n00000000 is not an ImageNette class"]),
+    "class empty": (lambda f: empty(f / "train" / LAST), [f"train/{LAST} holds no photo"]),
+}
+
+
+@pytest.mark.parametrize("what", WRONG_FOLDERS)
+def test_a_wrong_folder_is_refused(small, what, monkeypatch, capsys):
+    spoil, words = WRONG_FOLDERS[what]
+    spoil(small)
+    with pytest.raises(data.DataError) as error:
+        data.prepare(small)
+    assert all(word in str(error.value) for word in words), error.value
+    status, lines = command(monkeypatch, capsys, small)
+    assert status == 2 and lines == [f"data.py: {error.value}"]
+
+
+def test_a_folder_is_used_where_it_is(small, tmp_path, capsys):
+    assert data.prepare(small, tmp_path / "root") == small
+    assert not (tmp_path / "root").exists() and made_in(small) == set()
+    assert "20 train and 20 val photos (the public ImageNette has 9,469 and 3,925)" in capsys.readouterr().err
+
+
+def test_usual_counts_are_not_remarked_on(small, capsys, monkeypatch):
+    monkeypatch.setattr(data, "COUNTS", {"train": 20, "val": 20})
+    data.prepare(small)
+    assert capsys.readouterr().err.endswith("20 train and 20 val photos\n")
+
+
+# ---------------------------------------------------------------- archives
+
+
+def pack(path, folder, *members, top="imagenette2-160/"):
+    """A .tgz of a folder, made like the public one, and then of `members`."""
+    with tarfile.open(path, "w:gz") as tar:
+        for entry in sorted(folder.rglob("*")):
+            tar.add(entry, top + entry.relative_to(folder).as_posix(), recursive=False)
+        for member in members:
+            tar.addfile(member, io.BytesIO(bytes(member.size)))
+    return path
+
+
+def member(name, kind=tarfile.REGTYPE, link="", size=0):
+    info = tarfile.TarInfo(name)
+    info.type, info.linkname, info.size = kind, link, size
+    return info
+
+
+def contents(folder):
+    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*.*")
+            if p.is_file() and not p.name.startswith(".") and p.suffix not in (".pixels", ".lock")}  # fmt: skip
+
+
+@pytest.mark.parametrize("top", ["imagenette2-160/", ""])
+def test_an_archive_is_unpacked_once(demo, tmp_path, monkeypatch, capsys, top):
+    archive, root = pack(tmp_path / "photos.tgz", demo, top=top), tmp_path / "root"
+    folder = data.prepare(archive, root)
+    assert folder == root / "photos" and made_in(root) == {"photos"}
+    assert contents(folder) == contents(demo)
+    assert "60 train and 20 val photos (the public ImageNette has 9,469 and 3,925)" in capsys.readouterr().err
+    monkeypatch.setattr(data, "extract", lambda *_: pytest.fail("unpacked again"))
+    assert data.prepare(archive, root) == folder
+
+
+def test_an_archive_that_changed_is_unpacked_anew(small, tmp_path):
+    folder = data.prepare(pack(tmp_path / "photos.tgz", small), tmp_path / "root")
+    (small / "train" / TENCH / "0.png").rename(small / "train" / TENCH / "new.png")
+    assert data.prepare(pack(tmp_path / "photos.tgz", small), tmp_path / "root") == folder
+    assert contents(folder) == contents(small)
+
+
+def test_a_damaged_archive_leaves_the_folder_of_its_forerunner(small, tmp_path):
+    archive, root = pack(tmp_path / "photos.tgz", small), tmp_path / "root"
+    folder = data.prepare(archive, root)
+    archive.write_bytes(archive.read_bytes()[:3000])
+    with pytest.raises(data.DataError, match="cut short"):
+        data.prepare(archive, root)
+    assert made_in(root) == {"photos"} and contents(folder) == contents(small)
+
+
+def test_a_folder_of_the_users_own_is_not_overwritten(small, tmp_path):
+    own = tmp_path / "root" / "photos"
+    own.mkdir(parents=True)
+    (own / "thesis.txt").write_text("years of work")
+    with pytest.raises(data.DataError, match="did not come from"):
+        data.prepare(pack(tmp_path / "photos.tgz", small), tmp_path / "root")
+    assert (own / "thesis.txt").read_text() == "years of work"
+
+
+def flip_byte(raw, at):
+    raw = bytearray(raw)
+    raw[at] ^= 255
+    return bytes(raw)
+
+
+WRONG_ARCHIVES = {  # from the bytes of a good one
+    "empty": lambda raw: b"",
+    "text": lambda raw: b"<html>404 Not Found</html>",
+    "noise": lambda raw: random.Random(0).randbytes(5000),
+    "compressed noise": lambda raw: gzip.compress(random.Random(0).randbytes(5000)),
+    "not compressed": gzip.decompress,
+    "cut in the middle": lambda raw: raw[: len(raw) // 2],
+    "cut by its last byte": lambda raw: raw[:-1],
+    "cut before its checksum": lambda raw: raw[:-8],
+    "wrong checksum": lambda raw: flip_byte(raw, -8),
+    "wrong length": lambda raw: flip_byte(raw, -1),
+    "a byte changed": lambda raw: flip_byte(raw, len(raw) // 2),
+    "compressed and cut": lambda raw: gzip.compress(gzip.decompress(raw)[:5000]),
+}
+
+
+@pytest.mark.parametrize("how", WRONG_ARCHIVES)
+def test_a_damaged_archive_is_refused(small, tmp_path, how, monkeypatch, capsys):
+    archive, root = pack(tmp_path / "photos.tgz", small), tmp_path / "root"
+    archive.write_bytes(WRONG_ARCHIVES[how](archive.read_bytes()))
+    status, lines = command(monkeypatch, capsys, archive, "--root", root)
+    assert status == 2 and len(lines) == 1 and lines[0].startswith(f"data.py: {archive}")
+    assert "damaged" in lines[0] and made_in(root) == set()
+
+
+LINK = "imagenette2-160/link"
+EVIL = {  # members that would be written or point outside, or are no plain files; `out` is a folder outside
+    "parent": lambda out: [member("imagenette2-160/../../../outside", size=3)],
+    "parent alone": lambda out: [member("../outside", size=3)],
+    "absolute": lambda out: [member(f"{out}/outside", size=3)],
+    "symlink out": lambda out: [member(LINK, tarfile.SYMTYPE, "../../../outside")],
+    "absolute symlink": lambda out: [member(LINK, tarfile.SYMTYPE, f"{out}/outside")],
+    "through a symlink": lambda out: [member(LINK, tarfile.SYMTYPE, "../.."), member(f"{LINK}/outside", size=3)],
+    "hard link out": lambda out: [member(LINK, tarfile.LNKTYPE, "../../secret.txt")],
+    "absolute hard link": lambda out: [member(LINK, tarfile.LNKTYPE, f"{out}/secret.txt")],
+    "hard link to nothing": lambda out: [member(LINK, tarfile.LNKTYPE, "imagenette2-160/none")],
+    "fifo": lambda out: [member("imagenette2-160/pipe", tarfile.FIFOTYPE)],
+    "device": lambda out: [member("imagenette2-160/device", tarfile.CHRTYPE)],
+    "file in a file": lambda out: [member("imagenette2-160/a", size=3), member("imagenette2-160/a/b", size=3)],
+    "file that is a folder": lambda out: [member("imagenette2-160/train", size=3)],
+}
+
+
+@pytest.mark.parametrize("what", EVIL)
+def test_an_evil_archive_is_refused(small, tmp_path, what):
+    out, root = tmp_path / "out", tmp_path / "out" / "root"
+    out.mkdir()
+    (out / "secret.txt").write_text("secret")
+    with pytest.raises(data.DataError, match="photos.tgz"):
+        data.prepare(pack(tmp_path / "photos.tgz", small, *EVIL[what](out)), root)
+    assert made_in(root) == set() and {p.name for p in out.iterdir()} == {"secret.txt", "root"}
+    assert (out / "secret.txt").stat().st_nlink == 1 and not (tmp_path / "outside").exists()
+
+
+@pytest.mark.parametrize("limit, value", [("MAX_FILES", 30), ("MAX_BYTES", 5000)])
+def test_an_archive_beyond_all_measure_is_refused(small, tmp_path, monkeypatch, limit, value):
+    monkeypatch.setattr(data, limit, value)
+    with pytest.raises(data.DataError, match="holds more than an ImageNette can"):
+        data.prepare(pack(tmp_path / "photos.tgz", small), tmp_path / "root")
+    assert made_in(tmp_path / "root") == set()
+
+
+def test_an_archive_of_something_else_is_refused(small, tmp_path):
+    shutil.rmtree(small / "val" / TENCH)
+    with pytest.raises(data.DataError, match=f"val/{TENCH} is missing"):
+        data.prepare(pack(tmp_path / "photos.tgz", small), tmp_path / "root")
+    assert made_in(tmp_path / "root") == set()
+
+
+# ---------------------------------------------------------------- the download
+
+
+PAYLOAD = random.Random(0).randbytes(600_000)
+MD5 = hashlib.md5(PAYLOAD).hexdigest()
+
+
+class Server(http.server.ThreadingHTTPServer):
+    """Serves `payload` on 127.0.0.1. replies: how to answer each request in turn, the last one again and again;
+    requests: the Range of each request that came, None without."""
+
+    def __init__(self):
+        super().__init__(("127.0.0.1", 0), Answer)
+        self.payload, self.replies, self.requests = PAYLOAD, ["ranges"], []
+        self.url = f"http://127.0.0.1:{self.server_port}/photos.tgz"
+
+
+class Answer(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        server, wanted = self.server, self.headers["Range"]
+        how = server.replies[min(len(server.requests), len(server.replies) - 1)]
+        server.requests.append(wanted)
+        if isinstance(how, int):
+            return self.send_error(how)
+        start = int(wanted[len("bytes=") : -1]) if wanted and how != "no ranges" else 0
+        body = server.payload[start:]
+        self.send_response(206 if start else 200)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body[: len(body) // 2] if how == "cut" else body)
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def server(monkeypatch):
+    monkeypatch.setenv("no_proxy", "*")
+    with Server() as server:
+        threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
+        yield server
+        server.shutdown()
+
+
+@pytest.fixture
+def pauses(monkeypatch):
+    """The pauses between the tries, in seconds, written down instead of slept."""
+    pauses = []
+    monkeypatch.setattr(data.time, "sleep", pauses.append)
+    return pauses
+
+
+@pytest.fixture
+def fetch(server, tmp_path, pauses):
+    """Download the payload; `kept` bytes of it have come in an earlier try."""
+
+    def call(kept=None, md5=MD5, url=None):
+        target = tmp_path / "photos.tgz"
+        if kept is not None:
+            (tmp_path / "photos.tgz.part").write_bytes(kept)
+        data.download(url or server.url, target, len(PAYLOAD), md5, timeout=10)
+        return target.read_bytes()
+
+    return call
+
+
+def test_download(fetch, server, tmp_path):
+    assert fetch() == PAYLOAD
+    assert server.requests == [None] and os.listdir(tmp_path) == ["photos.tgz"]
+
+
+def test_download_goes_on_where_it_stopped(fetch, server, tmp_path):
+    assert fetch(kept=PAYLOAD[:1000]) == PAYLOAD
+    assert server.requests == ["bytes=1000-"] and os.listdir(tmp_path) == ["photos.tgz"]
+
+
+def test_a_complete_part_needs_no_request(fetch, server):
+    assert fetch(kept=PAYLOAD) == PAYLOAD and server.requests == []
+
+
+def test_download_from_a_server_without_ranges(fetch, server):
+    server.replies = ["no ranges"]
+    assert fetch(kept=PAYLOAD[:1000]) == PAYLOAD and server.requests == ["bytes=1000-"]
+
+
+def test_a_missing_file_is_not_asked_for_twice(fetch, server, pauses, tmp_path):
+    server.replies = [404]
+    with pytest.raises(data.DataError, match="answers 404 .*DATA="):
+        fetch()
+    assert server.requests == [None] and pauses == [] and os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("status", [500, 503, 429])
+def test_a_busy_server_is_asked_again(fetch, server, pauses, status):
+    server.replies = [status, status, "ranges"]
+    assert fetch() == PAYLOAD
+    assert len(server.requests) == 3 and len(pauses) == 2 and 0 < pauses[0] < pauses[1]
+
+
+def test_a_server_that_stays_down_is_given_up(fetch, server):
+    server.replies = [503]
+    with pytest.raises(data.DataError, match="cannot download .*DATA="):
+        fetch()
+    assert 1 < len(server.requests) < 20
+
+
+def test_a_cut_connection_is_taken_up_again(fetch, server):
+    server.replies = ["cut", "cut", "ranges"]
+    assert fetch() == PAYLOAD
+    assert server.requests == [None, "bytes=300000-", "bytes=450000-"]
+
+
+def test_what_came_before_giving_up_is_kept(fetch, server, tmp_path):
+    server.replies = ["cut", 500]
+    with pytest.raises(data.DataError, match="300,000 of 600,000 bytes are kept"):
+        fetch()
+    assert os.listdir(tmp_path) == ["photos.tgz.part"]
+    server.replies = ["ranges"]
+    assert fetch() == PAYLOAD and server.requests[-1] == "bytes=300000-"
+
+
+@pytest.mark.parametrize("kept", [None, b"of another file", PAYLOAD + b"and more"])
+def test_a_wrong_checksum_is_removed(fetch, tmp_path, kept):
+    md5 = "0" * 32 if kept is None else MD5
+    with pytest.raises(data.DataError, match="md5 .*try again"):
+        fetch(kept, md5)
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_file_that_does_not_end_is_not_fetched_to_its_end(fetch, server, tmp_path):
+    server.payload = PAYLOAD * 20
+    with pytest.raises(data.DataError, match="try again"):
+        fetch()
+    assert os.listdir(tmp_path) == []
+
+
+def test_no_network(fetch, tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        url = f"http://127.0.0.1:{free.getsockname()[1]}/photos.tgz"
+    with pytest.raises(data.DataError, match="cannot download .*1,000 of 600,000 bytes are kept.*DATA=") as error:
+        fetch(kept=PAYLOAD[:1000], url=url)
+    assert "\n" not in str(error.value) and os.listdir(tmp_path) == ["photos.tgz.part"]
+
+
+def test_without_a_source_the_public_archive_is_fetched_once(small, server, tmp_path, monkeypatch):
+    archive = pack(tmp_path / "public.tgz", small).read_bytes()
+    server.payload, server.url = archive, server.url.replace("photos", "imagenette2-160")
+    for name, value in (("URL", server.url), ("SIZE", len(archive)), ("MD5", hashlib.md5(archive).hexdigest())):
+        monkeypatch.setattr(data, name, value)
+    folder = data.prepare(root=tmp_path / "root")
+    assert folder == tmp_path / "root" / "imagenette2-160" and contents(folder) == contents(small)
+    assert data.prepare(root=tmp_path / "root") == folder and len(server.requests) == 1
+
+
+# ---------------------------------------------------------------- the command, the disk, the file alone
+
+
+def test_the_command_gets_everything_ready(small, monkeypatch, capsys, no_decoding):
+    assert command(monkeypatch, capsys, small)[0] == 0
+    assert made_in(small) == {"train.pixels", "val.pixels"}
+    no_decoding()
+    assert command(monkeypatch, capsys, small)[0] == 0
+
+
+def test_the_command_refuses_a_damaged_photo(small, run, monkeypatch, capsys):
+    photo = damage(small, "truncated")
+    assert refused(run("data.py", small), photo, "--skip-bad")
+    status, lines = command(monkeypatch, capsys, small, "--skip-bad")
+    assert status == 0 and any("1 damaged photos left out" in line for line in lines)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="limits of a process are POSIX")
+def test_a_full_disk_keeps_the_older_pixels(small, run):
+    """A limit on the size of a file fails as a full disk does: in the middle of writing."""
+    import resource
+
+    def full():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
+
+    data.load(small, "train")
+    before = (small / "train.pixels").read_bytes()
+    assert len(before) > 4096
+    change(small / "train" / TENCH / "0.png")
+    assert refused(run("data.py", small, preexec_fn=full), "train.pixels")
+    assert made_in(small) == {"train.pixels"} and (small / "train.pixels").read_bytes() == before
+
+
+def test_a_full_disk_leaves_nothing_half_unpacked(small, tmp_path, monkeypatch, capsys):
+    archive = pack(tmp_path / "photos.tgz", small)
+    real, written = tarfile.copyfileobj, Counter()
+
+    def full(*arguments, **options):
+        written["files"] += 1
+        if written["files"] == 7:
+            raise OSError(28, "No space left on device")
+        return real(*arguments, **options)
+
+    monkeypatch.setattr(tarfile, "copyfileobj", full)
+    status, lines = command(monkeypatch, capsys, archive, "--root", tmp_path / "root")
+    assert status == 2 and len(lines) == 1 and "No space left on device" in lines[0]
+    assert made_in(tmp_path / "root") == set()
+
+
+def test_atomic_is_all_or_nothing(tmp_path, monkeypatch):
+    path = tmp_path / "file"
+    with data.atomic(path) as file:
+        file.write(b"old")
+        assert not path.exists()  # not before it is complete
+    for failure in (OSError(28, "No space left on device"), KeyboardInterrupt(), ValueError()):
+        with pytest.raises(type(failure)) as error:
+            with data.atomic(path) as file:
+                file.write(b"new")
+                raise failure
+        assert os.listdir(tmp_path) == ["file"] and path.read_bytes() == b"old"
+        assert not isinstance(failure, OSError) or error.value.filename == str(path)  # which file, the disk never says
+
+
+ALONE = """
+import json, os, socket, sys, torch
+def refuse(*_, **__):
+    raise AssertionError("network at import")
+socket.socket.connect, state, sys.path[:0] = refuse, torch.get_rng_state(), [os.getcwd()]
+import data
+assert torch.equal(torch.get_rng_state(), state), "a seed at import"
+assert not torch.cuda.is_initialized(), "a device at import"
+project = {"models", "train", "cam", "score", "demo", "conftest"} & set(sys.modules)
+[(images, labels)] = data.eval_batches(data.from_arrays([torch.zeros(4, 6, 3, dtype=torch.uint8)]), 8, 1)
+print(json.dumps([data.__file__, sorted(project), os.listdir(), list(images.shape)]))
+"""
+
+
+def test_the_file_works_alone(tmp_path):
+    shutil.copy(REPO / "data.py", tmp_path)
+    alone = subprocess.run([sys.executable, "-I", "-B", "-c", ALONE], cwd=tmp_path, capture_output=True, text=True)
+    assert alone.returncode == 0, alone.stderr
+    assert json.loads(alone.stdout) == [str(tmp_path / "data.py"), [], ["data.py"], [1, 3, 8, 8]]

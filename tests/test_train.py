@@ -1,0 +1,740 @@
+"""train.py: the loop learns, a frozen network stays frozen, and nothing that was finished is ever lost."""
+
+import ast
+import csv
+import inspect
+import json
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import REPO, refused
+from PIL import Image, ImageDraw
+from torch import nn
+
+import data
+import models
+import train
+
+EPOCHS = 6  # of the runs that are interrupted
+CPU = torch.device("cpu")
+FLOAT32 = train.Precision(None, False, torch.contiguous_format)
+KINDS = {  # what is trained: everything from scratch, a last layer alone, a network of which all is fine-tuned
+    "cnn": ["cnn"],
+    "head": ["resnet18", "--weights", "none"],
+    "unfreeze": ["resnet18", "--weights", "none", "--unfreeze"],
+}
+TIMES = {"seconds", "images_per_second"}  # what may differ between two runs of the same seed
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """These tensors are so small that threads would wait for each other longer than they work. And only runs of the
+    same number of threads are equal bit for bit."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def arguments(demo, runs, *more, arch="cnn", epochs=EPOCHS):
+    """A training of the smallest size: 60 photos of 16 x 16 px, 2 steps an epoch."""
+    return [arch, "--data", str(demo), "--runs", str(runs), "--device", "cpu", "--epochs", str(epochs), "--size", "16",
+            "--crop", "16", "--batch-size", "32", *map(str, more)]  # fmt: skip
+
+
+def training(*these, **options):
+    """A training in this process, up to its end or to whatever stops it."""
+    train.train(train.parse_arguments(arguments(*these, **options)))
+
+
+def stop_after(epochs, monkeypatch):
+    """Ctrl-C right after that many epochs have been saved."""
+    save = train.save_epoch
+
+    def save_and_stop(*things):
+        save(*things)
+        if len(things[-1]) == epochs:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(train, "save_epoch", save_and_stop)
+
+
+def log(folder):
+    """The rows of log.csv, but for what the clock says."""
+    with open(folder / "log.csv", newline="") as file:
+        return [{k: v for k, v in row.items() if k not in TIMES} for row in csv.DictReader(file)]
+
+
+def same(a, b):
+    """Whether two nests of dicts, lists and tensors are equal bit for bit."""
+    if isinstance(a, torch.Tensor):
+        return a.dtype == b.dtype and torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a if k not in TIMES)
+    if isinstance(a, list | tuple):
+        return len(a) == len(b) and all(map(same, a, b))
+    return a == b
+
+
+def same_run(a, b):
+    """Whether two run folders hold the same training: all that is in last.pt and best.pt, and the log."""
+    weights = all(same(models.read(a / name), models.read(b / name)) for name in ("last.pt", "best.pt"))
+    return weights and log(a) == log(b)
+
+
+@pytest.fixture(scope="module")
+def trained(demo, tmp_path_factory):
+    """The folder of a run of EPOCHS epochs that nothing disturbed. Do not change it."""
+    runs = tmp_path_factory.mktemp("trained")
+    training(demo, runs)
+    return runs / "cnn"
+
+
+@pytest.fixture
+def call(tmp_path, monkeypatch, capsys):
+    """call("cnn", ...): the command in this process, in an empty folder, as if it had been run: starting Python and
+    torch anew takes seconds. What should have been a sentence and is an exception fails the test."""
+    monkeypatch.chdir(tmp_path)
+
+    def call(*given):
+        capsys.readouterr()
+        monkeypatch.setattr(sys, "argv", ["train.py", *map(str, given)])
+        status, handler = 0, signal.getsignal(signal.SIGTERM)
+        try:
+            train.main()
+        except SystemExit as end:
+            status = end.code or 0
+        finally:
+            signal.signal(signal.SIGTERM, handler)
+        return subprocess.CompletedProcess(given, status, *capsys.readouterr())
+
+    return call
+
+
+def start(demo, runs, **options):
+    """The training of `trained` as a process of its own."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(REPO / "train.py"), *arguments(demo, runs)]
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(command, env=environment, **pipes, **options)
+
+
+def wait_for_an_epoch(process):
+    for line in process.stdout:
+        if line.startswith("epoch"):
+            return line
+    raise AssertionError(process.stderr.read())
+
+
+# ---------------------------------------------------------------- schedule, parameters, loop
+
+
+@pytest.mark.parametrize("steps", [5, 10, 100, 2960])
+def test_schedule_rises_to_its_peak_once_and_falls(steps):
+    rates = [train.one_cycle(step, steps) for step in range(steps)]
+    peak = rates.index(max(rates))
+    assert rates[peak] == 1 and rates.count(1) == 1
+    assert 0.1 * steps <= peak <= 0.4 * steps
+    assert 0 < rates[0] < 1 / peak if peak > 1 else rates[0] < 1
+    assert 0 < rates[-1] <= 2 / steps
+    for side in (rates[: peak + 1], rates[peak:]):  # straight lines
+        assert np.allclose(np.diff(side, 2), 0, atol=1e-12) and (np.diff(side) != 0).all()
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3, 7, 12, 148])
+def test_schedule_never_stops_nor_exceeds_its_peak(steps):
+    rates = [train.one_cycle(step, steps) for step in range(steps)]
+    assert min(rates) > 0 and 1 - 1 / steps <= max(rates) <= 1 or steps == 1
+    peak = rates.index(max(rates))
+    assert rates[: peak + 1] == sorted(rates[: peak + 1]) and rates[peak:] == sorted(rates[peak:], reverse=True)
+
+
+def optimizer_of(kind, demo, runs, monkeypatch):
+    """The module that a training trains, and the optimiser it makes for it."""
+
+    class Caught(Exception):
+        pass
+
+    def catch(network, batches, rates, optimizer, *rest):
+        raise Caught(network, optimizer)
+
+    monkeypatch.setattr(train, "train_epoch", catch)
+    arch, *more = KINDS[kind]
+    with pytest.raises(Caught) as caught:
+        training(demo, runs, *more, arch=arch)
+    return caught.value.args
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_parameter_is_trained_once_norms_and_biases_without_decay(kind, demo, tmp_path, monkeypatch):
+    monkeypatch.setitem(train.RECIPES, "head", train.RECIPES["head"] | {"weight_decay": 1e-3})
+    module, optimizer = optimizer_of(kind, demo, tmp_path, monkeypatch)
+    trained = [p for group in optimizer.param_groups for p in group["params"]]
+    assert sorted(map(id, trained)) == sorted(id(p) for p in module.parameters() if p.requires_grad)
+    decay = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
+    for part in module.modules():
+        for name, p in part.named_parameters(recurse=False):
+            spared = name == "bias" or isinstance(part, nn.modules.batchnorm._BatchNorm)
+            assert (decay[id(p)] == 0) == spared
+    assert isinstance(module, nn.Linear) == (kind == "head")
+
+
+def test_the_loop_fits_on_a_screen_and_has_backward_in_it():
+    source = inspect.getsource(train.train_epoch)
+    body = ast.parse(source).body[0].body
+    first = body[1].lineno if isinstance(body[0], ast.Expr) else body[0].lineno  # after the docstring
+    lines = [line for line in source.splitlines()[first - 1 :] if line.strip()]
+    assert len(lines) + 1 <= 25  # and the line of the def
+    assert any(".backward()" in line for line in lines)
+
+
+def test_one_batch_can_be_learnt_by_heart(demo, tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "save_epoch", lambda *things: None)
+    photos = data.load(demo, "train").subset(torch.arange(0, 60, 4))
+    (batch,) = data.eval_batches(photos, 32, len(photos))
+    options = train.parse_arguments(arguments(demo, tmp_path, "--batch-size", len(photos), epochs=4))
+    torch.manual_seed(0)
+    network = models.cnn()
+    batches = network, lambda generator: [batch] * 10, lambda: [batch]
+    settings = {"photos": [10 * len(photos), len(photos)]}
+    rows = train.run_epochs(tmp_path, options, settings, network, batches, None, train.choose_precision(CPU))
+    assert len(rows) == 4 and rows[-1]["train_accuracy"] == 1 and rows[-1]["val_accuracy"] == 1
+    assert rows[-1]["train_loss"] < rows[0]["train_loss"] / 2
+
+
+def test_the_loop_uses_the_rates_it_is_given():
+    head, x, labels = nn.Linear(4, 10), torch.randn(8, 4), torch.arange(8)
+    before = head.weight.detach().clone()
+    optimizer = torch.optim.SGD(head.parameters(), 1.0)
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    losses, right, seen = train.train_epoch(head, [(x, labels)] * 3, [0.0, 0.0, 0.0], optimizer, scaler, FLOAT32)
+    assert torch.equal(head.weight, before) and losses.shape == (3,) and seen == 24
+    assert right == 3 * int((head(x).argmax(1) == labels).sum())
+    expected = F.cross_entropy(head(x), labels, label_smoothing=train.LABEL_SMOOTHING)
+    assert torch.allclose(losses, expected.detach())
+    (gradient,) = torch.autograd.grad(expected, head.weight)
+    train.train_epoch(head, [(x, labels)], [0.25], optimizer, scaler, FLOAT32)
+    assert torch.allclose(head.weight, before - 0.25 * gradient, atol=1e-6)
+
+
+def test_evaluation_is_a_mean_over_photos_not_over_batches():
+    head, x, labels = nn.Sequential(nn.Dropout(0.9), nn.Linear(4, 10)), torch.randn(11, 4), torch.arange(11) % 10
+    batches = [(x[:8], labels[:8]), (x[8:], labels[8:])]
+    loss, accuracy = train.evaluate(head, batches, FLOAT32)
+    logits = head[1](x).detach()
+    assert loss == pytest.approx(float(F.cross_entropy(logits, labels)), abs=1e-6)
+    assert accuracy == pytest.approx(float((logits.argmax(1) == labels).float().mean()))
+
+
+# ---------------------------------------------------------------- device and precision
+
+
+@pytest.mark.parametrize(("bf16", "amx", "dtype"), [(False, False, None), (True, False, torch.bfloat16),
+                                                    (False, True, torch.bfloat16)])  # fmt: skip
+def test_cpu_computes_in_bfloat16_only_where_it_has_it(monkeypatch, bf16, amx, dtype):
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: bf16)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
+    precision = train.choose_precision(CPU)
+    assert precision == (dtype, False, torch.channels_last)
+    assert precision.name == ("bfloat16" if dtype else "float32")
+
+
+@pytest.mark.parametrize(("capability", "expected"), [
+    ((9, 0), (torch.bfloat16, False, torch.channels_last)), ((8, 0), (torch.bfloat16, False, torch.channels_last)),
+    ((7, 5), (torch.float16, True, torch.channels_last)), ((7, 0), (torch.float16, True, torch.channels_last)),
+])  # fmt: skip
+def test_cuda_scales_gradients_where_it_must_use_float16(monkeypatch, capability, expected):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *device: capability)
+    assert train.choose_precision(torch.device("cuda")) == expected
+
+
+def test_mps_computes_in_float32_on_contiguous_images():
+    assert train.choose_precision(torch.device("mps")) == (None, False, torch.contiguous_format)
+
+
+@pytest.mark.parametrize("name", ["gpu", "", "cuda:99", "cpux"])
+def test_unknown_devices_are_refused_by_name(name):
+    with pytest.raises(train.TrainError, match=f"no device '{name}'.*--device"):
+        train.choose_device(name)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is CUDA here")
+def test_cuda_is_refused_where_there_is_none_and_auto_does_without():
+    with pytest.raises(train.TrainError, match="no device 'cuda'"):
+        train.choose_device("cuda")
+    assert train.choose_device("auto").type in ("cpu", "mps")
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@pytest.mark.parametrize("capability", [(8, 0), (7, 5)])
+def test_an_epoch_on_cuda(demo, tmp_path, monkeypatch, capability):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *device: capability)
+    seen, epoch = [], train.train_epoch
+    monkeypatch.setattr(train, "train_epoch", lambda *things: seen.append(things) or epoch(*things))
+    training(demo, tmp_path, "--device", "cuda", epochs=2)
+    network, _, _, _, scaler, precision = seen[0]
+    assert all(p.is_cuda and p.dtype == torch.float32 for p in network.parameters())
+    filters = [p for p in network.parameters() if p.ndim == 4 and min(p.shape[:2]) > 1]
+    assert all(p.is_contiguous(memory_format=torch.channels_last) for p in filters)
+    assert scaler.is_enabled() == (capability < (8, 0)) == (precision.dtype == torch.float16)
+    assert len(log(tmp_path / "cnn")) == 2
+    network, _ = models.load(tmp_path / "cnn" / "best.pt")  # on the CPU
+    assert all(p.isfinite().all() for p in network.parameters())
+
+
+# ---------------------------------------------------------------- frozen
+
+
+@pytest.mark.parametrize("unfreeze", [False, True])
+def test_frozen_features_keep_every_parameter_and_buffer(demo, tmp_path, unfreeze):
+    more = ["--weights", "none", "--seed", 3, *["--unfreeze"] * unfreeze]
+    training(demo, tmp_path, *more, arch="resnet18", epochs=1)
+    torch.manual_seed(3)
+    before, after = models.build("resnet18").state_dict(), models.read(tmp_path / "resnet18" / "last.pt")["network"]
+    assert before.keys() == after.keys()
+    changed = {key for key in before if not torch.equal(before[key], after[key])}
+    heads = {key for key in before if key.startswith("head.")}
+    if unfreeze:
+        assert changed == set(before)  # num_batches_tracked, running mean and variance included
+    else:
+        assert changed == heads
+
+
+def frozen_resnet():
+    torch.manual_seed(0)
+    return models.build("resnet18").eval()
+
+
+@torch.no_grad()
+def features_of(network, photos, size, mirror):
+    """Each photo's features, one by one, by the network as it is."""
+    single = [photos.subset(torch.tensor([i])) for i in range(len(photos))]
+    images = [x.flip(3) if mirror else x for photo in single for x, _ in data.eval_batches(photo, size, 1)]
+    return torch.cat([network.features(x).mean((2, 3)) for x in images])
+
+
+@pytest.mark.parametrize("mirror", [False, True])
+def test_stored_features_are_those_of_the_network(demo, mirror):
+    network, photos = frozen_resnet(), data.load(demo, "val")
+    before = {k: v.clone() for k, v in network.state_dict().items()}
+    stored = train.stored_features(network, photos, 32, FLOAT32, mirror)
+    assert stored.dtype == torch.float32 and not stored.requires_grad
+    assert torch.allclose(stored, features_of(network, photos, 32, mirror), rtol=1e-4, atol=1e-4)
+    assert all(torch.equal(v, before[k]) for k, v in network.state_dict().items())
+
+
+def test_training_on_stored_features_equals_training_through_the_network(demo, tmp_path):
+    more = ["--weights", "none", "--size", 32]
+    options = train.parse_arguments(arguments(demo, tmp_path, *more, arch="resnet18"))
+    network, photos = frozen_resnet(), data.load(demo, "train")
+    nn.init.normal_(network.head.weight, std=0.01)
+    reference = frozen_resnet()
+    reference.load_state_dict(network.state_dict())
+
+    module, train_batches, _ = train.make_batches(options, network, photos, data.load(demo, "val"), FLOAT32)
+    assert module is network.head
+    batches = [batch for epoch in range(2) for batch in train_batches(torch.Generator().manual_seed(epoch))]
+    rates = [0.05 / (1 + i) for i in range(len(batches))]
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    optimizer = torch.optim.SGD(module.parameters(), momentum=0.9)
+    losses, *_ = train.train_epoch(module, batches, rates, optimizer, scaler, FLOAT32)
+
+    # The same photos, found again by their features, through the whole network in evaluation mode.
+    both = torch.stack([features_of(reference, photos, 32, mirror) for mirror in (False, True)])
+    ((images, labels),) = data.eval_batches(photos, 32, len(photos))
+    images, used = torch.stack([images, images.flip(3)]), []
+    optimizer = torch.optim.SGD(reference.head.parameters(), momentum=0.9)
+    for (x, batch_labels), rate, loss in zip(batches, rates, losses, strict=True):
+        distance, which = torch.cdist(x, both.flatten(0, 1)).min(1)
+        assert distance.max() < 1e-2 and torch.equal(labels.repeat(2)[which], batch_labels)
+        used.append(which)
+        optimizer.param_groups[0]["lr"] = rate
+        logits = reference.eval()(images.flatten(0, 1)[which])
+        expected = F.cross_entropy(logits, batch_labels, label_smoothing=train.LABEL_SMOOTHING)
+        optimizer.zero_grad()
+        expected.backward()
+        optimizer.step()
+        assert float(loss) == pytest.approx(float(expected.detach()), abs=1e-4)
+    assert torch.allclose(network.head.weight, reference.head.weight, atol=1e-4)
+    assert torch.allclose(network.head.bias, reference.head.bias, atol=1e-4)
+    used = torch.cat(used)
+    assert (used % len(photos)).bincount().tolist() == [2] * len(photos)  # every photo once an epoch
+    assert 0.25 < (used >= len(photos)).float().mean() < 0.75  # half of them mirrored
+
+
+# ---------------------------------------------------------------- a run and its files
+
+
+def test_a_run_leaves_these_files(trained):
+    assert {p.name for p in trained.iterdir()} == {"best.pt", "last.pt", "log.csv", "curves.png", "config.json",
+                                                   "result.json"}  # fmt: skip
+    with open(trained / "log.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert list(rows[0]) == ["epoch", "train_loss", "train_accuracy", "val_loss", "val_accuracy", "lr",
+                             "images_per_second", "seconds"]  # fmt: skip
+    assert [int(row["epoch"]) for row in rows] == list(range(1, EPOCHS + 1))
+    assert all(0 <= float(row["val_accuracy"]) <= 1 and float(row["train_loss"]) > 0 for row in rows)
+    assert float(rows[-1]["train_loss"]) < float(rows[0]["train_loss"])  # it learns
+    accuracy = [float(row["val_accuracy"]) for row in rows]
+
+    config = json.loads((trained / "config.json").read_text())
+    assert {"arch": "cnn", "epochs": EPOCHS, "crop": 16, "seed": 0, "photos": [60, 20]}.items() <= config.items()
+    assert {"lr", "batch_size", "weight_decay", "device", "precision", "torch", "threads"} <= config.keys()
+    result = json.loads((trained / "result.json").read_text())
+    assert result["best_accuracy"] == max(accuracy) and result["last_accuracy"] == accuracy[-1]
+    assert result["best_epoch"] == accuracy.index(max(accuracy)) + 1
+    with Image.open(trained / "curves.png") as picture:
+        picture.load()
+        assert picture.format == "PNG" and len(picture.convert("RGB").getcolors(1 << 20)) > 10
+
+
+def test_best_checkpoint_has_exactly_the_accuracy_it_says(trained, demo):
+    network, facts = models.load(trained / "best.pt")
+    result = json.loads((trained / "result.json").read_text())
+    assert (facts["accuracy"], facts["epoch"]) == (result["best_accuracy"], result["best_epoch"])
+    assert facts["classes"] == list(data.CLASSES.values()) and facts["size"] == 16 and facts["arch"] == "cnn"
+    batches = data.eval_batches(data.load(demo, "val"), facts["size"], 7)
+    _, accuracy = train.evaluate(network, batches, train.choose_precision(CPU))
+    assert round(accuracy, 5) == facts["accuracy"]
+
+
+def test_curves_are_the_values_they_show(tmp_path):
+    quarter = [dict(epoch=i + 1, train_loss=2.0, val_loss=1.0, train_accuracy=0.5, val_accuracy=1.0) for i in range(4)]
+    train.draw_curves(quarter, tmp_path / "curves.png")
+    train.draw_curves(quarter[:1], tmp_path / "one.png")  # a single epoch is a point
+    pixels = np.array(Image.open(tmp_path / "curves.png"))
+    middle = pixels[:, [260, 710]].astype(int)  # a column in each diagram
+    blue, red = ((np.abs(middle - colour).sum(2) < 40) for colour in ((0, 114, 178), (213, 94, 0)))
+    heights = [[np.flatnonzero(hit[:, side]).mean() for hit in (blue, red)] for side in (0, 1)]
+    top, bottom = heights[0][0], 2 * heights[0][1] - heights[0][0]  # losses: 2 is the top, 1 is half of it
+    assert top < bottom and heights[1][1] == pytest.approx(top, abs=2)
+    assert heights[1][0] == pytest.approx((top + bottom) / 2, abs=2)
+
+
+def test_every_character_in_the_curves_is_in_the_font(tmp_path, monkeypatch):
+    texts, write = [], ImageDraw.ImageDraw.text
+    monkeypatch.setattr(ImageDraw.ImageDraw, "text",
+                        lambda pen, xy, text, *rest, **options: texts.append((text, rest[1])) or
+                        write(pen, xy, text, *rest, **options))  # fmt: skip
+    row = dict(epoch=1, train_loss=2.0, val_loss=1.0, train_accuracy=0.5, val_accuracy=1.0)
+    train.draw_curves([row], tmp_path / "curves.png")
+    face = texts[0][1]
+    missing = bytes(face.getmask("\U0010ffff"))
+    printed = set("".join(text for text, _ in texts)) - {" "}
+    assert len(printed) > 10 and not [c for c in printed if bytes(face.getmask(c)) == missing]
+
+
+def test_the_same_seed_gives_the_same_run_and_another_does_not(trained, demo, tmp_path):
+    torch.rand(7), np.random.rand(7)  # chance from before is none of the run's
+    training(demo, tmp_path)
+    assert same_run(tmp_path / "cnn", trained)
+    training(demo, tmp_path, "--seed", 1, "--name", "other", epochs=1)
+    assert log(tmp_path / "other")[0] != log(trained)[0]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_is_not_given_is_of_the_recipe(kind):
+    given = [word for word in KINDS[kind] if word not in ("--weights", "none")]
+    recipe = train.RECIPES["scratch" if kind == "cnn" else kind]
+    options = vars(train.parse_arguments(given))
+    assert recipe.items() <= options.items()
+    assert options["weights"] == (None if kind == "cnn" else "imagenet")
+    for key in ("epochs", "size", "batch_size", "lr"):
+        flag = "--" + key.replace("_", "-")
+        assert vars(train.parse_arguments([*given, flag, "7"]))[key] == 7
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_dry_run_writes_everything_under_a_name_of_its_own(call, demo, tmp_path, kind):
+    arch, *more = KINDS[kind]
+    again = arguments(demo, "runs", *more, "--batch-size", 16, "--dry-run", arch=arch)
+    result = call(*again)
+    assert result.returncode == 0, result.stderr
+    assert [p.name for p in (tmp_path / "runs").iterdir()] == [f"{arch}-dry-run"]
+    folder = tmp_path / "runs" / f"{arch}-dry-run"
+    assert {p.name for p in folder.iterdir()} == {"best.pt", "last.pt", "log.csv", "curves.png", "config.json",
+                                                  "result.json"}  # fmt: skip
+    assert len(log(folder)) == 1
+    assert json.loads((folder / "config.json").read_text())["photos"] == [32, 20]  # two batches
+    models.load(folder / "best.pt")
+    if kind == "head":
+        assert call(*again).returncode == 0  # and a second time
+
+
+def test_holdout_is_taken_from_train_and_val_stays_unseen(demo, monkeypatch):
+    load = data.load
+
+    def load_train_alone(folder, split, *rest):
+        assert split == "train"
+        return load(folder, split, *rest)
+
+    monkeypatch.setattr(data, "load", load_train_alone)
+    halves = []
+    for seed in (0, 1):
+        options = train.parse_arguments(arguments(demo, "runs", "--holdout", 0.25, "--seed", seed))
+        halves.append([sorted(photos.names) for photos in train.prepare_photos(options, CPU)])
+    (rest, held), again = halves
+    assert len(held) == 15 and not set(rest) & set(held)
+    assert sorted(rest + held) == sorted(load(demo, "train").names)
+    assert halves[0] == again  # settings are compared on the same photos whatever the seed
+    for photos in train.prepare_photos(options, CPU):
+        wnids = list(data.CLASSES)
+        assert [wnids.index(name.split("/")[0]) for name in photos.names] == photos.labels.tolist()
+
+
+def test_without_holdout_it_validates_on_val(demo):
+    photos, val = train.prepare_photos(train.parse_arguments(arguments(demo, "runs")), CPU)
+    assert photos.names == data.load(demo, "train").names and val.names == data.load(demo, "val").names
+
+
+# ---------------------------------------------------------------- interrupted, and gone on with
+
+
+@pytest.mark.parametrize("epoch", [1, EPOCHS - 1])
+def test_a_run_that_was_stopped_ends_as_if_it_had_not_been(trained, demo, tmp_path, monkeypatch, epoch):
+    with monkeypatch.context() as patch:
+        stop_after(epoch, patch)
+        with pytest.raises(KeyboardInterrupt):
+            training(demo, tmp_path)
+    assert len(log(tmp_path / "cnn")) == epoch
+    training(demo, tmp_path)
+    assert same_run(tmp_path / "cnn", trained)
+
+
+def test_a_stopped_head_goes_on_too(demo, tmp_path, monkeypatch):
+    arch, *more = KINDS["head"]
+    training(demo, tmp_path, *more, "--name", "whole", arch=arch, epochs=2)
+    with monkeypatch.context() as patch:
+        stop_after(1, patch)
+        with pytest.raises(KeyboardInterrupt):
+            training(demo, tmp_path, *more, "--name", "stopped", arch=arch, epochs=2)
+    training(demo, tmp_path, *more, "--name", "stopped", arch=arch, epochs=2)
+    assert same_run(tmp_path / "whole", tmp_path / "stopped")
+
+
+def test_stopped_between_two_files_it_goes_on_from_the_epoch_before(trained, demo, tmp_path, monkeypatch):
+    write = models.write
+
+    def stop_at_third(path, contents):
+        if path.name == "last.pt" and len(contents["rows"]) == 3:
+            raise KeyboardInterrupt  # best.pt may be of epoch 3 by now
+        write(path, contents)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(models, "write", stop_at_third)
+        with pytest.raises(KeyboardInterrupt):
+            training(demo, tmp_path)
+    assert len(models.read(tmp_path / "cnn" / "last.pt")["rows"]) == 2
+    training(demo, tmp_path)
+    assert same_run(tmp_path / "cnn", trained)
+
+
+def test_terminated_and_killed_a_process_goes_on_by_the_same_command(trained, demo, tmp_path):
+    process = start(demo, tmp_path)
+    wait_for_an_epoch(process)
+    process.send_signal(signal.SIGTERM)
+    _, error = process.communicate(timeout=120)
+    assert process.returncode == 130, error
+    assert "Traceback" not in error and len([line for line in error.splitlines() if "train.py: " in line]) == 1
+    done = len(models.read(tmp_path / "cnn" / "last.pt")["rows"])
+    assert 1 <= done < EPOCHS
+
+    process = start(demo, tmp_path)
+    assert int(wait_for_an_epoch(process).split("/")[0].split()[1]) == done + 1
+    process.kill()
+    process.communicate(timeout=120)
+    assert process.returncode == -signal.SIGKILL
+    assert done < len(models.read(tmp_path / "cnn" / "last.pt")["rows"]) < EPOCHS
+
+    training(demo, tmp_path)
+    assert same_run(tmp_path / "cnn", trained)
+
+
+def test_a_finished_run_does_nothing_and_says_so(trained, demo, tmp_path, call, monkeypatch):
+    shutil.copytree(trained, tmp_path / "cnn")
+    weights = {name: (tmp_path / "cnn" / name).stat().st_mtime_ns for name in ("best.pt", "last.pt", "log.csv")}
+    monkeypatch.setattr(train, "train_epoch", lambda *things: pytest.fail("trained on"))
+    result = call(*arguments(demo, tmp_path))
+    assert result.returncode == 0 and f"{EPOCHS} of {EPOCHS} epochs are done" in result.stdout
+    assert weights == {name: (tmp_path / "cnn" / name).stat().st_mtime_ns for name in weights}
+
+
+@pytest.mark.parametrize("name", ["result.json", "log.csv", "curves.png"])
+def test_what_is_missing_of_a_finished_run_is_written(trained, demo, tmp_path, name):
+    """last.pt of the last epoch was written, and then the run was killed."""
+    shutil.copytree(trained, tmp_path / "cnn")
+    (tmp_path / "cnn" / name).unlink()
+    training(demo, tmp_path)
+    assert (tmp_path / "cnn" / name).read_bytes() == (trained / name).read_bytes()
+
+
+OTHER = [(["--lr", 0.017], "lr"), (["--seed", 5], "seed"), (["--epochs", 13], "epochs"),
+         (["--plain-crop"], "plain_crop"), (["--size", 24], "size"), (["--batch-size", 15], "batch_size"),
+         (["--holdout", 0.5], "holdout")]  # fmt: skip
+
+
+@pytest.mark.parametrize(("more", "name"), OTHER)
+def test_a_run_of_other_settings_is_refused_by_their_names(trained, demo, tmp_path, call, more, name):
+    shutil.copytree(trained, tmp_path / "cnn")
+    before = {p.name: p.read_bytes() for p in (tmp_path / "cnn").iterdir()}
+    assert refused(call(*arguments(demo, tmp_path, *more)), "other settings", f"{name} ", "--name")
+    assert before == {p.name: p.read_bytes() for p in (tmp_path / "cnn").iterdir()}
+
+
+@pytest.mark.parametrize("what", ["garbage", "nothing", "a best.pt", "a list"])
+def test_a_last_pt_that_is_none_is_refused(trained, demo, tmp_path, call, what):
+    shutil.copytree(trained, tmp_path / "cnn")
+    last = tmp_path / "cnn" / "last.pt"
+    if what == "a best.pt":
+        shutil.copy(trained / "best.pt", last)
+    elif what == "a list":
+        torch.save([1, 2, 3], last)
+    else:
+        last.write_bytes(b"garbage" * (what == "garbage"))
+    assert refused(call(*arguments(demo, tmp_path)), "last.pt")
+
+
+# ---------------------------------------------------------------- numbers that are not finite, disks that are full
+
+
+def nan_from(epoch, step, monkeypatch):
+    """Images without a number in them from that step of that epoch on."""
+    batches, epochs = data.train_batches, []
+
+    def train_batches(*things, **options):
+        epochs.append(1)
+        for i, (images, labels) in enumerate(batches(*things, **options), 1):
+            yield (images * float("nan") if (len(epochs), i) >= (epoch, step) else images), labels
+
+    monkeypatch.setattr(data, "train_batches", train_batches)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_by_epoch_and_step(trained, demo, tmp_path, call, monkeypatch):
+    with monkeypatch.context() as patch:
+        nan_from(3, 2, patch)
+        assert refused(call(*arguments(demo, tmp_path)), "epoch 3", "step 2", "--lr")
+    last = models.read(tmp_path / "cnn" / "last.pt")
+    assert len(last["rows"]) == 2 and all(v.isfinite().all() for v in last["network"].values())
+    models.load(tmp_path / "cnn" / "best.pt")
+    training(demo, tmp_path)  # the epoch before is all there
+    assert same_run(tmp_path / "cnn", trained)
+
+
+def test_a_learning_rate_that_is_too_large_is_named(demo, tmp_path, call):
+    assert refused(call(*arguments(demo, tmp_path, "--lr", "1e30")), "epoch 1", "--lr")
+    assert not list(tmp_path.rglob("*.pt"))
+
+
+def test_weights_that_give_no_number_are_never_saved(demo, tmp_path, call):
+    """One step an epoch: its loss is still that of good weights, what it makes of them shows in validation alone."""
+    assert refused(call(*arguments(demo, tmp_path, "--lr", "1e30", "--batch-size", 64)), "finite", "epoch 1", "--lr")
+    assert not list(tmp_path.rglob("*.pt"))
+
+
+def test_a_full_disk_ends_a_process_with_a_sentence_and_the_epoch_before_intact(trained, demo, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        stop_after(1, patch)
+        with pytest.raises(KeyboardInterrupt):
+            training(demo, tmp_path)
+    before = (tmp_path / "cnn" / "last.pt").read_bytes()
+    limit = 100_000  # bytes of a file: enough for a log and a picture, not for weights
+    process = start(demo, tmp_path, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)))
+    output, error = process.communicate(timeout=120)
+    assert refused(SimpleNamespace(returncode=process.returncode, stdout=output, stderr=error), "too large", ".pt")
+    assert (tmp_path / "cnn" / "last.pt").read_bytes() == before
+    assert not list(tmp_path.rglob("*.part"))
+    training(demo, tmp_path)  # there is room again
+    assert same_run(tmp_path / "cnn", trained)
+
+
+@pytest.mark.parametrize("name", ["best.pt", "last.pt", "log.csv", "curves.png"])
+def test_no_file_is_ever_half_there(trained, demo, tmp_path, call, monkeypatch, name):
+    with monkeypatch.context() as patch:
+        stop_after(1, patch)
+        with pytest.raises(KeyboardInterrupt):
+            training(demo, tmp_path, "--lr", 1e-9)
+    folder = tmp_path / "cnn"
+    before = {p.name: p.read_bytes() for p in folder.iterdir()}
+
+    def full(path, mode):
+        file = open(path, mode)
+        if os.path.basename(path).startswith(name):
+            file.write(b"half of it")
+            file.close()
+            raise OSError(28, "No space left on device")
+        return file
+
+    monkeypatch.setattr(models, "open", full, raising=False)
+    accuracy = iter([0.9])  # better than before: best.pt is to be written too
+    evaluate = train.evaluate
+    monkeypatch.setattr(train, "evaluate", lambda *things: (evaluate(*things)[0], next(accuracy)))
+    result = call(*arguments(demo, tmp_path, "--lr", 1e-9))
+    assert refused(result, "No space left on device", folder / name)
+    assert (folder / name).read_bytes() == before[name]
+    assert {p.name for p in folder.iterdir()} == set(before)
+
+
+# ---------------------------------------------------------------- bad input
+
+
+def test_unknown_network_is_refused_by_the_command(run, demo, tmp_path):
+    assert refused(run("train.py", *arguments(demo, tmp_path, arch="resnet1")), "resnet1", "resnet18")
+    assert not (tmp_path / "resnet1").exists()
+
+
+@pytest.mark.parametrize(("more", "words"), [
+    (["--device", "gpu"], ["gpu", "--device"]),
+    (["--device", "meta"], ["meta", "--device"]),
+    (["--data", "nowhere"], ["nowhere"]),
+    (["--data", "garbage.tgz"], ["garbage.tgz"]),
+    (["--plain-crop", "--crop", 2000], ["2000 x 2000", "--crop"]),
+    (["--weights", "garbage.pt"], ["weights"]),
+    (["--runs", "file/runs"], ["file"]),
+    (["--runs", "file"], ["file"]),
+    (["--lr", -1], ["lr"]),
+    (["--lr", "nan"], ["lr"]),
+    (["--holdout", 0.99], ["--holdout"]),
+    (["--seed", 10**20], ["seed"]),
+])  # fmt: skip
+def test_bad_input_is_refused(call, demo, tmp_path, more, words):
+    (tmp_path / "garbage.tgz").write_bytes(b"no archive" * 50)
+    (tmp_path / "garbage.pt").write_bytes(b"no weights" * 50)
+    (tmp_path / "file").write_text("here first")
+    assert refused(call(*arguments(demo, "runs", *more)), *words)
+    assert not any(tmp_path.rglob("*.part")) and not any((tmp_path / "runs").rglob("*.pt"))
+    assert (tmp_path / "file").read_text() == "here first"
+
+
+@pytest.mark.parametrize(("weights", "words"), [
+    ("garbage.pt", ["garbage.pt"]), ("missing.pt", ["missing.pt"]), ("other.pt", ["other.pt", "resnet18"]),
+])  # fmt: skip
+def test_weights_that_are_none_are_refused(call, demo, tmp_path, weights, words):
+    (tmp_path / "garbage.pt").write_bytes(b"no weights" * 50)
+    torch.save({"conv1.weight": torch.zeros(3)}, tmp_path / "other.pt")
+    assert refused(call(*arguments(demo, "runs", "--weights", weights, arch="resnet18")), *words)
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize("more", [["--epochs", 0], ["--epochs", "many"], ["--batch-size", -1], ["--size", 0],
+                                  ["--holdout", 1], ["--holdout", -0.1], ["--learning-rate", 1]])  # fmt: skip
+def test_options_fail_loudly_and_early(call, demo, tmp_path, more):
+    result = call(*arguments(demo, "runs", *more))
+    assert result.returncode == 2 and more[0] in result.stderr and not (tmp_path / "runs").exists()
+
+
+def test_help_shows_every_default(call):
+    text = " ".join(call("--help").stdout.split())
+    assert call("--help").returncode == 0
+    assert "(default: data/imagenette2-160)" in text and "(default: 0)" in text
+    for recipe in train.RECIPES.values():  # of epochs, crop, size, ... there is one for each recipe
+        assert str(recipe["epochs"]) in text and str(recipe["size"]) in text and str(recipe["lr"]) in text
+    assert "(default: None)" not in text
