@@ -437,6 +437,7 @@ def resample(photos, index, boxes, size, flip=None):
 def random_boxes(photos, index, generator, area=(0.25, 1.0), ratio=4 / 3):
     """Random resized crops (Szegedy et al. 2015): boxes (B, 4) of a share `area` of each photo, width : height
     between 1/ratio and ratio, anywhere in it; a box that would be wider or higher than the photo is cut to fit."""
+    index = index.to(photos.height.device)
     height, width = photos.height[index].float(), photos.width[index].float()
     u, v, y, x = torch.rand(4, len(index), generator=generator).to(height.device)
     pixels = (area[0] + (area[1] - area[0]) * u) * height * width
@@ -452,6 +453,7 @@ def plain_boxes(photos, index, size, generator):
         i = int(small[0])
         raise DataError(f"{photos.names[i]} has {int(photos.width[i])} x {int(photos.height[i])} pixels, fewer than "
                         f"the {size} x {size} crop: use a smaller --crop, or leave --plain-crop out")
+    index = index.to(photos.height.device)
     y, x = torch.rand(2, len(index), generator=generator).to(photos.height.device)
     room_y, room_x = photos.height[index] - size, photos.width[index] - size
     side = torch.full_like(y, size)
@@ -460,18 +462,20 @@ def plain_boxes(photos, index, size, generator):
 
 
 def shuffled(count, batch_size, generator):
-    """The numbers 0 to count - 1 in random order, as batches; a last batch of one alone, whose variance batch
-    normalisation could not tell, is left out."""
-    batches = torch.randperm(count, generator=generator).split(batch_size)
-    return [index for index in batches if len(index) > 1 or batch_size == 1]
+    """The numbers 0 to count - 1 in random order, as batches; a last one of less than half the size joins the one
+    before it, as batch normalisation cannot tell the variance of a handful."""
+    batches = list(torch.randperm(count, generator=generator).split(batch_size))
+    if len(batches) > 1 and 2 * len(batches[-1]) < batch_size:
+        batches[-2:] = [torch.cat(batches[-2:])]
+    return batches
 
 
-def train_batches(photos, size, batch_size, generator, area=(0.25, 1.0), plain=False):
+def train_batches(photos, size, batch_size, generator, area=(0.25, 1.0), plain=False, part=(0, 1)):
     """One epoch: every photo once, shuffled, randomly cropped and mirrored; yields (images, labels).
 
     images: (B, 3, size, size) float32, normalised; labels: (B,) int64, both where `photos` is. plain: a
     size x size piece of the photo as it is, instead of a random resized crop. The generator (on the CPU)
-    decides everything.
+    decides everything. part (i, n): only the i-th of n parts of every batch, for n processes side by side.
     """
     for index in shuffled(len(photos), batch_size, generator):
         if plain:
@@ -479,9 +483,8 @@ def train_batches(photos, size, batch_size, generator, area=(0.25, 1.0), plain=F
         else:
             boxes = random_boxes(photos, index, generator, area)
         flip = torch.rand(len(index), generator=generator) < 0.5
-        device = photos.labels.device
-        index = index.to(device)
-        yield resample(photos, index, boxes.to(device), size, flip.to(device)), photos.labels[index]
+        index, boxes, flip = (t[part[0] :: part[1]].to(photos.labels.device) for t in (index, boxes, flip))
+        yield resample(photos, index, boxes, size, flip), photos.labels[index]
 
 
 def eval_batches(photos, size, batch_size, flip=False):

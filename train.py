@@ -15,6 +15,7 @@ import csv
 import ctypes
 import io
 import json
+import os
 import platform
 import signal
 import sys
@@ -65,7 +66,8 @@ class Precision(NamedTuple):
 def choose_device(name):
     """The torch.device called `name`; "auto" takes the best there is. Raises TrainError."""
     if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        cuda = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+        name = cuda if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
         device = torch.device(name)
         torch.zeros(1, device=device)
@@ -93,6 +95,18 @@ def keep_memory():
         libc, M_TRIM_THRESHOLD, M_MMAP_MAX = ctypes.CDLL(None), -1, -4
         libc.mallopt(M_MMAP_MAX, 0)
         libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+
+
+# ---------------------------------------------------------------- several processes (torchrun)
+
+RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # torchrun sets them
+
+
+def sum_over_processes(tensor):
+    """The sum of `tensor` over all processes, on each of them; just `tensor` where there is one."""
+    if WORLD > 1:
+        torch.distributed.all_reduce(tensor)
+    return tensor
 
 
 # ---------------------------------------------------------------- the mathematics of training
@@ -153,19 +167,21 @@ class Muon(torch.optim.Optimizer):
                 p.mul_(1 - rate * group["weight_decay"]).sub_(update, alpha=rate)
 
 
-def train_epoch(network, batches, rates, optimizer, scaler, precision):
-    """Train `network` on one epoch of (x, labels), x images or features, with a learning rate for each step.
+def train_epoch(network, batches, plan, optimizer, scaler, precision):
+    """Train `network` on one epoch of (x, labels), x images or features.
 
-    Returns the losses (steps,) on the device, and how many photos were right, of how many.
+    plan: for each step, its learning rate and how many photos a process has in it on average; one process has them
+    all, and where there are several, a smaller part weighs less, so that their mean gradient is that of the batch.
+    Returns the losses (steps,), on the device, and how many photos were right, of how many.
     """
     network.train()
     losses, correct, seen = [], 0, 0
-    for (x, labels), rate in zip(batches, rates, strict=True):
+    for (x, labels), (rate, share) in zip(batches, plan, strict=True):
         for group in optimizer.param_groups:
             group["lr"] = rate
         with torch.autocast(x.device.type, precision.dtype, enabled=precision.dtype is not None):
             logits = network(x)
-        loss = F.cross_entropy(logits.float(), labels, label_smoothing=LABEL_SMOOTHING)
+        loss = F.cross_entropy(logits.float(), labels, label_smoothing=LABEL_SMOOTHING) * (len(labels) / share)
         scaler.scale(loss).backward()
         scaler.step(optimizer)
         scaler.update()
@@ -173,21 +189,21 @@ def train_epoch(network, batches, rates, optimizer, scaler, precision):
         losses.append(loss.detach())  # numbers stay on the device: asking for them would wait for it
         correct = correct + (logits.argmax(1) == labels).sum()
         seen += len(labels)
-    return torch.stack(losses), int(correct), seen
+    return torch.stack(losses), correct, seen
 
 
 @torch.no_grad()
 def evaluate(network, batches, precision):
-    """Mean cross-entropy and accuracy, 0 to 1, of `network` in evaluation mode."""
+    """Sums over all photos, of the cross-entropy and of the right answers, and the number of photos: (3,)."""
     network.eval()
-    loss, correct, seen = 0.0, 0, 0
+    totals = 0
     for x, labels in batches:
         with torch.autocast(x.device.type, precision.dtype, enabled=precision.dtype is not None):
-            logits = network(x)
-        loss = loss + F.cross_entropy(logits.float(), labels, reduction="sum")
-        correct = correct + (logits.argmax(1) == labels).sum()
-        seen += len(labels)
-    return float(loss) / seen, int(correct) / seen
+            logits = network(x).float()
+        right = (logits.argmax(1) == labels).sum()
+        loss = F.cross_entropy(logits, labels, reduction="sum")
+        totals = totals + torch.stack([loss, right, torch.tensor(len(labels), device=loss.device)])
+    return totals
 
 
 # ---------------------------------------------------------------- frozen: photos become their features
@@ -333,9 +349,11 @@ def make_batches(options, network, photos, val, precision):
     train_batches(generator) and val_batches() each yield (x, labels) for `module`. Where all but the last layer is
     frozen, the module is the last layer and x are stored features; else it is the network and x are images.
     """
+    part, val = (RANK, WORLD), val.subset(torch.arange(RANK, len(val), WORLD, device=val.labels.device))
     if options.kind != "head":
         def train_batches(generator):
-            return data.train_batches(photos, options.crop, options.batch_size, generator, plain=options.plain_crop)
+            return data.train_batches(photos, options.crop, options.batch_size, generator, plain=options.plain_crop,
+                                      part=part)  # fmt: skip
 
         return network, train_batches, lambda: data.eval_batches(val, options.size, 128)
 
@@ -347,7 +365,7 @@ def make_batches(options, network, photos, val, precision):
     def feature_batches(generator):  # each photo once, as it is or mirrored
         for index in data.shuffled(len(photos), options.batch_size, generator):
             side = torch.randint(2, (len(index),), generator=generator)
-            index, side = index.to(features.device), side.to(features.device)
+            index, side = (t[RANK::WORLD].to(features.device) for t in (index, side))
             yield features[side, index], photos.labels[index]
 
     return network.head, feature_batches, lambda: [(val_features, val.labels)]
@@ -374,31 +392,38 @@ def save_epoch(folder, options, settings, network, optimizer, scaler, rows):
 def run_epochs(folder, options, settings, network, batches, state, precision):
     """Train from where `state` (of last.pt, or None) stands to the last epoch. Returns the rows of the log."""
     module, train_batches, val_batches = batches
+    device = next(module.parameters()).device
     optimizer = Muon(module, options.lr, options.weight_decay)
-    scaler = torch.amp.GradScaler(next(module.parameters()).device.type, enabled=precision.scale)
+    scaler = torch.amp.GradScaler(device.type, enabled=precision.scale)
     rows = []
     if state:
         optimizer.load_state_dict(state["optimizer"])
         scaler.load_state_dict(state["scaler"])
         rows = state["rows"]
-    steps = len(data.shuffled(settings["photos"][0], options.batch_size, None))
+    parallel = torch.nn.parallel.DistributedDataParallel(module) if WORLD > 1 else module
+    sizes = [len(index) for index in data.shuffled(settings["photos"][0], options.batch_size, None)]
+    steps = len(sizes)
     for epoch in range(len(rows), options.epochs):
         started = time.time()
         torch.manual_seed(1_000_003 * options.seed + epoch)  # all chance in an epoch follows from its number
         generator = torch.Generator().manual_seed(1_000_003 * options.seed + epoch)
-        rates = [options.lr * one_cycle(epoch * steps + i, options.epochs * steps) for i in range(steps)]
-        losses, correct, seen = train_epoch(module, train_batches(generator), rates, optimizer, scaler, precision)
+        plan = [(options.lr * one_cycle(epoch * steps + i, options.epochs * steps), size / WORLD)
+                for i, size in enumerate(sizes)]  # fmt: skip
+        losses, correct, seen = train_epoch(parallel, train_batches(generator), plan, optimizer, scaler, precision)
+        losses = sum_over_processes(losses) / WORLD
         if not losses.isfinite().all():
             step = int((~losses.isfinite()).nonzero()[0]) + 1
             raise TrainError(f"the loss is not finite in epoch {epoch + 1}, step {step}: use a smaller --lr; "
                              f"what is in {folder} is still of epoch {epoch}")
+        correct, seen = sum_over_processes(torch.stack([correct, torch.tensor(seen, device=device)])).tolist()
         speed = seen / (time.time() - started)
-        val_loss, val_accuracy = evaluate(module, val_batches(), precision)
+        val_loss, right, count = sum_over_processes(evaluate(module, val_batches(), precision)).tolist()
         rows.append(dict(epoch=epoch + 1, train_loss=round(float(losses.mean()), 4),
-                         train_accuracy=round(correct / seen, 5), val_loss=round(val_loss, 4),
-                         val_accuracy=round(val_accuracy, 5), lr=round(rates[0], 6),
+                         train_accuracy=round(correct / seen, 5), val_loss=round(val_loss / count, 4),
+                         val_accuracy=round(right / count, 5), lr=round(plan[0][0], 6),
                          images_per_second=round(speed), seconds=round(time.time() - started, 1)))  # fmt: skip
-        save_epoch(folder, options, settings, network, optimizer, scaler, rows)
+        if RANK == 0:
+            save_epoch(folder, options, settings, network, optimizer, scaler, rows)
     return rows
 
 
@@ -407,10 +432,12 @@ def train(options):
     keep_memory()
     device = choose_device(options.device)
     precision = choose_precision(device)
+    if WORLD > 1:
+        torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
     folder = Path(options.runs) / options.name
     photos, val = prepare_photos(options, device)
     settings = {k: v for k, v in vars(options).items() if k in SETTINGS} | {
-        "frozen": options.kind == "head", "photos": [len(photos), len(val)]}
+        "frozen": options.kind == "head", "photos": [len(photos), len(val)]}  # fmt: skip
     state = None if options.dry_run else resume(folder / "last.pt", settings)
     rows = state["rows"] if state else []
 
@@ -419,34 +446,49 @@ def train(options):
     network = network.to(device, memory_format=precision.memory_format)
     if state:
         network.load_state_dict(state["network"])
-    print(f"{folder}: {options.arch}, {sum(p.numel() for p in network.parameters()) / 1e6:.1f} million parameters, "
-          f"{device.type}, {precision.name}, {len(photos):,} photos to train on, {len(val):,} to validate on"
-          + (f"; {len(rows)} of {options.epochs} epochs are done" if rows else ""), flush=True)
+    if RANK == 0:
+        print(f"{folder}: {options.arch}, {sum(p.numel() for p in network.parameters()) / 1e6:.1f} million parameters, "
+              f"{device.type}, {precision.name}, {len(photos):,} photos to train on, {len(val):,} to validate on"
+              + (f"; {len(rows)} of {options.epochs} epochs are done" if rows else ""), flush=True)
     if len(rows) < options.epochs:
-        folder.mkdir(parents=True, exist_ok=True)
-        here = dict(device=device.type, precision=precision.name, torch=torch.__version__,
-                    threads=torch.get_num_threads())  # fmt: skip
-        write_text(folder / "config.json", json.dumps(settings | here, indent=1))
+        if RANK == 0:
+            folder.mkdir(parents=True, exist_ok=True)
+            here = dict(device=device.type, precision=precision.name, torch=torch.__version__,
+                        threads=torch.get_num_threads(), processes=WORLD)  # fmt: skip
+            write_text(folder / "config.json", json.dumps(settings | here, indent=1))
         batches = make_batches(options, network, photos, val, precision)
         rows = run_epochs(folder, options, settings, network, batches, state, precision)
-    best = max(rows, key=lambda row: row["val_accuracy"])
-    write_text(folder / "result.json", json.dumps(dict(
-        best_accuracy=best["val_accuracy"], best_epoch=best["epoch"], last_accuracy=rows[-1]["val_accuracy"],
-        seconds=round(sum(row["seconds"] for row in rows), 1)), indent=1))  # fmt: skip
-    print(f"{folder}: best {best['val_accuracy']:.2%} (epoch {best['epoch']}), last {rows[-1]['val_accuracy']:.2%}")
+    if RANK == 0:
+        best = max(rows, key=lambda row: row["val_accuracy"])
+        write_text(folder / "result.json", json.dumps(dict(
+            best_accuracy=best["val_accuracy"], best_epoch=best["epoch"], last_accuracy=rows[-1]["val_accuracy"],
+            seconds=round(sum(row["seconds"] for row in rows), 1)), indent=1))  # fmt: skip
+        print(f"{folder}: best {best['val_accuracy']:.2%} (epoch {best['epoch']}), last {rows[-1]['val_accuracy']:.2%}")
+    if WORLD > 1:
+        torch.distributed.destroy_process_group()
 
 
 def main():
     options = parse_arguments()
-    signal.signal(signal.SIGTERM, lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGTERM, stop)
     try:
         train(options)
     except KeyboardInterrupt:
-        print("train.py: stopped; the epochs that were finished are saved, and the same command goes on from there",
-              file=sys.stderr)
+        print("train.py: stopped; the finished epochs are saved, and the same command goes on from there",
+              file=sys.stderr)  # fmt: skip
         sys.exit(130)
     except (TrainError, data.DataError, models.ModelError, OSError) as error:
         print(f"train.py: {error}", file=sys.stderr)
+        sys.exit(2)
+    except RuntimeError as error:  # torch has a type of its own for running out of memory on CUDA alone
+        if "memory" not in str(error):
+            raise
+        print(f"train.py: not enough memory ({str(error).splitlines()[0][:100]}): use a smaller --batch-size than "
+              f"{options.batch_size}, or a smaller --crop or --size", file=sys.stderr)  # fmt: skip
         sys.exit(2)
 
 

@@ -289,6 +289,11 @@ def test_lightness_is_the_inverse_for_greys():
     assert torch.allclose(light.double(), to_oklab(greys)[..., 0], atol=1e-4)
 
 
+def test_lightness_of_colours_is_that_of_their_luminance():
+    primaries = torch.tensor([[[255, 0, 0], [0, 255, 0], [0, 0, 255]]], dtype=torch.uint8)
+    assert torch.allclose(cam.lightness(primaries), torch.tensor([[0.2126, 0.7152, 0.0722]]) ** (1 / 3), atol=1e-4)
+
+
 def test_zero_map_is_the_photo_in_grey():
     photo = torch.randint(256, (20, 30, 3), generator=seeded(), dtype=torch.uint8)
     photo[:10, :, 1:] = photo[:10, :, :1]
@@ -685,16 +690,19 @@ def test_explain_keeps_photos_of_the_same_name_apart(call, demo, one, tmp_path):
     assert len(list((tmp_path / "new").rglob("*.png"))) == 2
 
 
-def test_gallery_shows_mistakes_most_confident_first(call, demo, one, monkeypatch):
+def test_gallery_shows_the_most_confident_mistakes_first(call, demo, one, monkeypatch):
     seen, compose = [], cam.compose
     monkeypatch.setattr(cam, "compose", lambda *arguments: seen.append(arguments) or compose(*arguments))
     assert call("gallery", "--model", one, "--data", demo, "--count", 5, "--tile", 40).returncode == 0
     ((photos, titles, (said, there), _),) = seen
-    assert len(photos) == 5 and not any(said.right) and all(there.right)
-    for truth, guess, caption in zip(titles, said.captions, there.captions, strict=True):
-        assert caption.startswith(truth) and not guess.startswith(truth)
-    confidence = [int(re.search(r"(\d+)%", caption)[1]) for caption in said.captions]
-    assert confidence == sorted(confidence, reverse=True)
+    (network, facts), val = models.load(one), data.load(demo, "val")
+    with torch.no_grad():
+        confidence, guess = torch.cat([network(x) for x, _ in data.eval_batches(val, facts["size"], 8)]).softmax(1).max(1)
+    wrong = [i for i in confidence.argsort(descending=True).tolist() if guess[i] != val.labels[i]][:5]
+    assert len(photos) == 5 and all(torch.equal(photo, val[i]) for photo, i in zip(photos, wrong, strict=True))
+    assert titles == [CLASSES[val.labels[i]] for i in wrong]
+    assert said.captions == [f"{CLASSES[guess[i]]} {float(confidence[i]):.0%}" for i in wrong] and not any(said.right)
+    assert all(c.startswith(title) for c, title in zip(there.captions, titles, strict=True)) and all(there.right)
 
 
 # ---------------------------------------------------------------- bad input
