@@ -22,20 +22,22 @@ TRAIN   := $(SOURCE) --runs $(RUNS) $(if $(EPOCHS),--epochs $(EPOCHS)) $(if $(DE
 TUNE    := $(if $(WEIGHTS),--weights $(WEIGHTS)) $(if $(SIZE),--size $(SIZE))
 NETWORKS := $(RUNS)/$(ARCH)/best.pt $(RUNS)/cnn/best.pt
 
-.PHONY: help demo data train-cnn finetune figure score test lint clean
+.PHONY: help demo data train-cnn finetune figure score test test-long lint clean
 .DELETE_ON_ERROR:
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | awk -F'\t' '{printf "  make %-12s%s\n", $$1, $$2}'
 	@sed -nE 's/^#   (.*)/  \1/p' $(MAKEFILE_LIST)
 
-demo: $(ENV)  ## everything, offline, on a small data set that is drawn here: two networks, the figure, the scores
+# The drawn photos are no ImageNet photos, and there is no network to get weights from: here the ResNet learns from scratch.
+DEMO    := --data data/demo --runs $(RUNS)/demo $(if $(DEVICE),--device $(DEVICE))
+DEMOED  := $(RUNS)/demo/resnet18/best.pt $(RUNS)/demo/cnn/best.pt
+demo: $(ENV)  ## everything, offline, on photos that are drawn here: two networks, the figure, the scores
 	$(PYTHON) tests/demo.py data/demo
-	$(PYTHON) train.py cnn --data data/demo --runs $(RUNS)/demo --epochs 12
-	$(PYTHON) train.py resnet18 --data data/demo --runs $(RUNS)/demo --weights none --unfreeze --epochs 8
-	$(PYTHON) cam.py figure --data data/demo --models $(RUNS)/demo/resnet18/best.pt $(RUNS)/demo/cnn/best.pt \
-	  --out $(FIGURES)/demo.png
-	$(PYTHON) score.py $(RUNS)/demo/resnet18/best.pt $(RUNS)/demo/cnn/best.pt --data data/demo --boxes data/demo
+	$(PYTHON) train.py cnn $(DEMO) --epochs 20
+	$(PYTHON) train.py resnet18 $(DEMO) --epochs 8 --weights none --unfreeze --lr 0.02 --crop 96 --size 128
+	$(PYTHON) cam.py figure --data data/demo --models $(DEMOED) --out $(FIGURES)/demo.png
+	$(PYTHON) score.py $(DEMOED) --data data/demo --deletion 20 --out $(FIGURES)/demo-scores
 
 data: $(ENV)  ## ImageNette-160: downloaded, or from DATA=; checked and decoded
 	$(PYTHON) data.py $(DATA)
@@ -50,7 +52,7 @@ figure: $(RUNS)/$(ARCH)/result.json $(RUNS)/cnn/result.json  ## ten photos and t
 	$(PYTHON) cam.py figure $(SOURCE) --models $(NETWORKS) --out $(FIGURES)/figure.png
 
 score: $(RUNS)/$(ARCH)/result.json $(RUNS)/cnn/result.json  ## accuracy, faithfulness, localisation, as one table
-	$(PYTHON) score.py $(NETWORKS) $(SOURCE) $(if $(BOXES),--boxes $(BOXES))
+	$(PYTHON) score.py $(NETWORKS) $(SOURCE) $(if $(BOXES),--boxes $(BOXES)) --out $(FIGURES)/scores
 
 # result.json is the last file that a training writes: where it is missing, train, or go on training.
 $(RUNS)/cnn/result.json:
@@ -61,6 +63,9 @@ $(RUNS)/$(ARCH)/result.json:
 
 test: $(DEV)  ## the tests, offline, a few minutes
 	$(PYTHON) -m pytest
+
+test-long: $(DEV)  ## longer proofs, some minutes more
+	$(PYTHON) -m pytest -m long
 
 lint: $(DEV)  ## ruff
 	$(PYTHON) -m ruff check .

@@ -23,15 +23,6 @@ CLASSES = list(data.CLASSES.values())
 SIZE = 32  # px, at which the tiny networks look
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """These tensors are so small that threads would wait for each other longer than they work."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def seeded(seed=0):
     return torch.Generator().manual_seed(seed)
 
@@ -697,7 +688,8 @@ def test_gallery_shows_the_most_confident_mistakes_first(call, demo, one, monkey
     ((photos, titles, (said, there), _),) = seen
     (network, facts), val = models.load(one), data.load(demo, "val")
     with torch.no_grad():
-        confidence, guess = torch.cat([network(x) for x, _ in data.eval_batches(val, facts["size"], 8)]).softmax(1).max(1)
+        logits = torch.cat([network(images) for images, _ in data.eval_batches(val, facts["size"], 8)])
+    confidence, guess = logits.softmax(1).max(1)
     wrong = [i for i in confidence.argsort(descending=True).tolist() if guess[i] != val.labels[i]][:5]
     assert len(photos) == 5 and all(torch.equal(photo, val[i]) for photo, i in zip(photos, wrong, strict=True))
     assert titles == [CLASSES[val.labels[i]] for i in wrong]
@@ -821,3 +813,17 @@ def test_file_works_alone_and_its_import_does_nothing(tmp_path):
     result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
     assert (tmp_path / "figure.png").exists()
+
+
+def test_python_in_the_readme_runs(demo, one, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for path, name in ((demo, "data/imagenette2-160"), (one, "runs/cnn/best.pt")):
+        (tmp_path / name).parent.mkdir(parents=True)
+        os.symlink(path, name)
+    network, _ = models.load(one)
+    here = {"torch": torch, "network": network, "images": torch.randn(2, 3, 48, 64, generator=seeded())}
+    blocks = re.findall(r"```python\n(.*?)```", (REPO / "README.md").read_text(), re.S)
+    assert len([exec(block, here) for block in blocks]) >= 1
+    with torch.no_grad():
+        maps = cam.class_activation_maps(network.features(here["images"]), network.head.weight)
+    assert torch.allclose(here["maps"], maps, atol=1e-5)

@@ -35,16 +35,6 @@ KINDS = {  # what is trained: everything from scratch, a last layer alone, a net
 TIMES = {"seconds", "images_per_second"}  # what may differ between two runs of the same seed
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """These tensors are so small that threads would wait for each other longer than they work. And only runs of the
-    same number of threads are equal bit for bit."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def arguments(demo, runs, *more, arch="cnn", epochs=EPOCHS):
     """A training of the smallest size: 60 photos of 16 x 16 px, 2 steps an epoch."""
     return [arch, "--data", str(demo), "--runs", str(runs), "--device", "cpu", "--epochs", str(epochs), "--size", "16",
@@ -66,6 +56,16 @@ def stop_after(epochs, monkeypatch):
             raise KeyboardInterrupt
 
     monkeypatch.setattr(train, "save_epoch", save_and_stop)
+
+
+def plan(batches, rates):
+    """What `train_epoch` wants to know of each step: its rate, and how many photos this process, the only one, has."""
+    return [(rate, len(labels)) for (_, labels), rate in zip(batches, rates, strict=True)]
+
+
+def accuracy_of(network, batches, precision):
+    _, right, count = train.evaluate(network, batches, precision).tolist()
+    return right / count
 
 
 def log(folder):
@@ -216,23 +216,24 @@ def test_the_loop_uses_the_rates_it_is_given():
     before = head.weight.detach().clone()
     optimizer = torch.optim.SGD(head.parameters(), 1.0)
     scaler = torch.amp.GradScaler("cpu", enabled=False)
-    losses, right, seen = train.train_epoch(head, [(x, labels)] * 3, [0.0, 0.0, 0.0], optimizer, scaler, FLOAT32)
+    batches = [(x, labels)] * 3
+    losses, right, seen = train.train_epoch(head, batches, plan(batches, [0.0] * 3), optimizer, scaler, FLOAT32)
     assert torch.equal(head.weight, before) and losses.shape == (3,) and seen == 24
-    assert right == 3 * int((head(x).argmax(1) == labels).sum())
+    assert int(right) == 3 * int((head(x).argmax(1) == labels).sum())
     expected = F.cross_entropy(head(x), labels, label_smoothing=train.LABEL_SMOOTHING)
     assert torch.allclose(losses, expected.detach())
     (gradient,) = torch.autograd.grad(expected, head.weight)
-    train.train_epoch(head, [(x, labels)], [0.25], optimizer, scaler, FLOAT32)
+    train.train_epoch(head, batches[:1], plan(batches[:1], [0.25]), optimizer, scaler, FLOAT32)
     assert torch.allclose(head.weight, before - 0.25 * gradient, atol=1e-6)
 
 
 def test_evaluation_is_a_mean_over_photos_not_over_batches():
     head, x, labels = nn.Sequential(nn.Dropout(0.9), nn.Linear(4, 10)), torch.randn(11, 4), torch.arange(11) % 10
     batches = [(x[:8], labels[:8]), (x[8:], labels[8:])]
-    loss, accuracy = train.evaluate(head, batches, FLOAT32)
+    loss, right, count = train.evaluate(head, batches, FLOAT32).tolist()
     logits = head[1](x).detach()
-    assert loss == pytest.approx(float(F.cross_entropy(logits, labels)), abs=1e-6)
-    assert accuracy == pytest.approx(float((logits.argmax(1) == labels).float().mean()))
+    assert loss / count == pytest.approx(float(F.cross_entropy(logits, labels)), abs=1e-6)
+    assert (right, count) == (int((logits.argmax(1) == labels).sum()), 11)
 
 
 # ---------------------------------------------------------------- device and precision
@@ -346,7 +347,7 @@ def test_training_on_stored_features_equals_training_through_the_network(demo, t
     rates = [0.05 / (1 + i) for i in range(len(batches))]
     scaler = torch.amp.GradScaler("cpu", enabled=False)
     optimizer = torch.optim.SGD(module.parameters(), momentum=0.9)
-    losses, *_ = train.train_epoch(module, batches, rates, optimizer, scaler, FLOAT32)
+    losses, *_ = train.train_epoch(module, batches, plan(batches, rates), optimizer, scaler, FLOAT32)
 
     # The same photos, found again by their features, through the whole network in evaluation mode.
     both = torch.stack([features_of(reference, photos, 32, mirror) for mirror in (False, True)])
@@ -403,8 +404,7 @@ def test_best_checkpoint_has_exactly_the_accuracy_it_says(trained, demo):
     assert (facts["accuracy"], facts["epoch"]) == (result["best_accuracy"], result["best_epoch"])
     assert facts["classes"] == list(data.CLASSES.values()) and facts["size"] == 16 and facts["arch"] == "cnn"
     batches = data.eval_batches(data.load(demo, "val"), facts["size"], 7)
-    _, accuracy = train.evaluate(network, batches, train.choose_precision(CPU))
-    assert round(accuracy, 5) == facts["accuracy"]
+    assert round(accuracy_of(network, batches, train.choose_precision(CPU)), 5) == facts["accuracy"]
 
 
 def test_curves_are_the_values_they_show(tmp_path):
@@ -439,6 +439,22 @@ def test_the_same_seed_gives_the_same_run_and_another_does_not(trained, demo, tm
     assert same_run(tmp_path / "cnn", trained)
     training(demo, tmp_path, "--seed", 1, "--name", "other", epochs=1)
     assert log(tmp_path / "other")[0] != log(trained)[0]
+
+
+def test_seed_and_epoch_decide_the_order_of_the_photos(demo, tmp_path, monkeypatch):
+    orders, batches = [], data.train_batches
+
+    def train_batches(*things, **options):
+        orders.append([])
+        for images, labels in batches(*things, **options):
+            orders[-1] += labels.tolist()
+            yield images, labels
+
+    monkeypatch.setattr(data, "train_batches", train_batches)
+    for seed in (0, 1):
+        training(demo, tmp_path, "--seed", seed, "--name", seed, epochs=2)
+    assert len(orders) == 4 and all(sorted(order) == sorted(orders[0]) for order in orders)
+    assert all(a != b for i, a in enumerate(orders) for b in orders[:i])
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -674,13 +690,24 @@ def test_no_file_is_ever_half_there(trained, demo, tmp_path, call, monkeypatch, 
         return file
 
     monkeypatch.setattr(models, "open", full, raising=False)
-    accuracy = iter([0.9])  # better than before: best.pt is to be written too
-    evaluate = train.evaluate
-    monkeypatch.setattr(train, "evaluate", lambda *things: (evaluate(*things)[0], next(accuracy)))
+    better = torch.tensor([40.0, 18.0, 20.0])  # than before: best.pt is to be written too
+    monkeypatch.setattr(train, "evaluate", lambda *things: better)
     result = call(*arguments(demo, tmp_path, "--lr", 1e-9))
     assert refused(result, "No space left on device", folder / name)
     assert (folder / name).read_bytes() == before[name]
     assert {p.name for p in folder.iterdir()} == set(before)
+
+
+@pytest.mark.parametrize("error", [
+    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB"),
+    RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 1688 bytes."),
+])  # fmt: skip
+def test_too_little_memory_names_the_batch_size(demo, tmp_path, call, monkeypatch, error):
+    def epoch(*things):
+        raise error
+
+    monkeypatch.setattr(train, "train_epoch", epoch)
+    assert refused(call(*arguments(demo, tmp_path)), "memory", "--batch-size")
 
 
 # ---------------------------------------------------------------- bad input
