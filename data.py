@@ -487,13 +487,13 @@ def train_batches(photos, size, batch_size, generator, area=(0.25, 1.0), plain=F
         yield resample(photos, index, boxes, size, flip), photos.labels[index]
 
 
-def eval_batches(photos, size, batch_size, flip=False):
+def eval_batches(photos, size, batch_size):
     """All photos in order, each whole frame resized to size x size (its aspect squashed, nothing cut off, so that
-    every pixel of a photo lies under its map); flip: mirrored. Yields (images, labels) like `train_batches`."""
+    every pixel of a photo lies under its map). Yields (images, labels) like `train_batches`."""
     for index in torch.arange(len(photos), device=photos.labels.device).split(batch_size):
         zero = torch.zeros(len(index), device=index.device)
         boxes = torch.stack([zero, zero, photos.height[index], photos.width[index]], 1)
-        yield resample(photos, index, boxes, size, zero == 0 if flip else None), photos.labels[index]
+        yield resample(photos, index, boxes, size), photos.labels[index]
 
 
 def main():

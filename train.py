@@ -30,17 +30,16 @@ from PIL import Image, ImageDraw, ImageFont
 import data
 import models
 
-LABEL_SMOOTHING = 0.1
 PLAIN_LR = 5.0  # the learning rate of what Muon leaves to SGD, in units of Muon's own
 # What is trained decides the recipe. crop: px, of the random crops; size: px, of evaluation and of stored features.
 RECIPES = {
-    "scratch": dict(epochs=100, crop=64, size=96, batch_size=64, lr=0.02, weight_decay=5e-4),
-    "head": dict(epochs=5, crop=0, size=192, batch_size=64, lr=0.1, weight_decay=0.0),
-    "unfreeze": dict(epochs=5, crop=160, size=160, batch_size=64, lr=0.002, weight_decay=5e-4),
+    "scratch": dict(epochs=100, crop=64, size=96, batch_size=64, lr=0.02, weight_decay=5e-4, smoothing=0.1),
+    "head": dict(epochs=5, crop=0, size=192, batch_size=64, lr=0.003, weight_decay=0.0, smoothing=0.0),
+    "unfreeze": dict(epochs=5, crop=160, size=160, batch_size=64, lr=0.002, weight_decay=5e-4, smoothing=0.1),
 }
 
 
-SETTINGS = {"arch", "weights", "epochs", "crop", "plain_crop", "size", "batch_size", "lr", "weight_decay",
+SETTINGS = {"arch", "weights", "epochs", "crop", "plain_crop", "size", "batch_size", "lr", "weight_decay", "smoothing",
             "holdout", "seed"}  # a run may be continued only by one in which all of these are the same
 
 
@@ -167,7 +166,7 @@ class Muon(torch.optim.Optimizer):
                 p.mul_(1 - rate * group["weight_decay"]).sub_(update, alpha=rate)
 
 
-def train_epoch(network, batches, plan, optimizer, scaler, precision):
+def train_epoch(network, batches, plan, optimizer, scaler, precision, smoothing=0.0):
     """Train `network` on one epoch of (x, labels), x images or features.
 
     plan: for each step, its learning rate and how many photos a process has in it on average; one process has them
@@ -181,7 +180,7 @@ def train_epoch(network, batches, plan, optimizer, scaler, precision):
             group["lr"] = rate
         with torch.autocast(x.device.type, precision.dtype, enabled=precision.dtype is not None):
             logits = network(x)
-        loss = F.cross_entropy(logits.float(), labels, label_smoothing=LABEL_SMOOTHING) * (len(labels) / share)
+        loss = F.cross_entropy(logits.float(), labels, label_smoothing=smoothing) * (len(labels) / share)
         scaler.scale(loss).backward()
         scaler.step(optimizer)
         scaler.update()
@@ -210,21 +209,20 @@ def evaluate(network, batches, precision):
 
 
 @torch.no_grad()
-def stored_features(network, photos, size, precision, mirror=False):
-    """What the frozen part of `network` says of every photo: (N, C) float32, averaged over the map.
-
-    With everything frozen but the last layer this is all that training ever asks of a photo, in any epoch.
-    Batches are small so that what flows between two layers stays in the processor's cache.
+def stored_features(network, photos, size, precision, mirrored):
+    """What the frozen part of `network` says of every photo and, if `mirrored`, of its mirror image: (1 or 2, N, C)
+    float32, averaged over the map. With all but the last layer frozen, training asks no more of a photo, in any epoch.
     """
-    frozen, stored, started = models.fold_norms(network).features, [], time.time()
+    frozen, stored, done, started = models.fold_norms(network).features, [], 0, time.time()
     device = photos.labels.device
-    batch_size = 16 if device.type == "cpu" else 256
-    for x, _ in data.eval_batches(photos, size, batch_size, flip=mirror):
+    batch_size = 16 if device.type == "cpu" else 256  # small enough for a processor's cache
+    for x, _ in data.eval_batches(photos, size, batch_size):
         with torch.autocast(device.type, precision.dtype, enabled=precision.dtype is not None):
-            stored.append(frozen(x).float().mean((2, 3)))
-        done = min(len(stored) * batch_size, len(photos))
-        data.progress(f"features{' of the mirror images' if mirror else ''}:", done, len(photos), started, "photos")
-    return torch.cat(stored)
+            sides = [x, x.flip(3)] if mirrored else [x]
+            stored.append(torch.stack([frozen(side).float().mean((2, 3)) for side in sides]))
+        done += len(x)
+        data.progress("features:", done, len(photos), started, "photos")
+    return torch.cat(stored, 1)
 
 
 # ---------------------------------------------------------------- a run: its files, its place in time
@@ -358,9 +356,8 @@ def make_batches(options, network, photos, val, precision):
         return network, train_batches, lambda: data.eval_batches(val, options.size, 128)
 
     network.features.requires_grad_(False)
-    features = [stored_features(network, photos, options.size, precision, mirror) for mirror in (False, True)]
-    features = torch.stack(features)  # (2, N, C)
-    val_features = stored_features(network, val, options.size, precision)
+    features = stored_features(network, photos, options.size, precision, mirrored=True)  # (2, N, C)
+    val_features = stored_features(network, val, options.size, precision, mirrored=False)[0]  # (N, C)
 
     def feature_batches(generator):  # each photo once, as it is or mirrored
         for index in data.shuffled(len(photos), options.batch_size, generator):
@@ -409,7 +406,8 @@ def run_epochs(folder, options, settings, network, batches, state, precision):
         generator = torch.Generator().manual_seed(1_000_003 * options.seed + epoch)
         plan = [(options.lr * one_cycle(epoch * steps + i, options.epochs * steps), size / WORLD)
                 for i, size in enumerate(sizes)]  # fmt: skip
-        losses, correct, seen = train_epoch(parallel, train_batches(generator), plan, optimizer, scaler, precision)
+        losses, correct, seen = train_epoch(parallel, train_batches(generator), plan, optimizer, scaler, precision,
+                                            options.smoothing)
         losses = sum_over_processes(losses) / WORLD
         if not losses.isfinite().all():
             step = int((~losses.isfinite()).nonzero()[0]) + 1

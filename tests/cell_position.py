@@ -48,8 +48,11 @@ def receptive_centre(network, images):
 
 @torch.no_grad()
 def true_maps(network, photos, size, mirrored=False):
-    return torch.cat([cam.class_activation_maps(network.features(x), network.head.weight)[range(len(y)), y]
-                      for x, y in data.eval_batches(photos, size, 25, flip=mirrored)])  # fmt: skip
+    maps = []
+    for x, labels in data.eval_batches(photos, size, 25):
+        features = network.features(x.flip(3) if mirrored else x)
+        maps.append(cam.class_activation_maps(features, network.head.weight)[range(len(labels)), labels])
+    return torch.cat(maps)
 
 
 def main():
