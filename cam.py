@@ -155,7 +155,7 @@ def colour_bar(canvas, left, top, width, height, scale, face):
     canvas.paste(Image.fromarray(bar.numpy()), (left, top))
     pen = ImageDraw.Draw(canvas)
     pen.rectangle((left, top, left + width - 1, top + height - 1), outline="black")
-    for share, anchor in ((1, "la"), (0.5, "lm"), (0, "lm"), (-0.5, "lm"), (-1, "ld")):  # the ends stay inside
+    for share, anchor in ((1, "la"), (0, "lm"), (-1, "ld")):  # the ends stay inside
         y = top + (height - 1) * (1 - share) / 2
         pen.line((left + width, y, left + width + 6, y), "black", 2)
         text = f"{share * scale:+.{1 if scale < 100 else 0}f}" if share else "0"

@@ -303,6 +303,7 @@ def focus(maps, boxes, size=SIZE):
 # ---------------------------------------------------------------- the table of trained networks
 
 COLUMNS = ("its own map", "random weights", "ones", "centred square")  # the last three are controls
+BATCH = 20  # photos at once: small enough for a processor's cache
 
 
 def untrained(network, facts):
@@ -338,16 +339,17 @@ def faithfulness(explained, other, facts, photos, deleted):
     correct, after, before, areas, started = [], [], [], [], time.time()
     order = torch.randperm(len(photos), generator=torch.Generator().manual_seed(0))
     photos = photos.subset(order)
-    for number, (images, labels) in enumerate(data.eval_batches(photos, facts["size"], 25)):
+    for number, (images, labels) in enumerate(data.eval_batches(photos, facts["size"], BATCH)):
         maps, logits = four_maps(explained, other, images)
         before_, top = logits.softmax(1).max(1)
         correct.append(top == labels)
         before.append(before_)
-        after.append(torch.stack([predict(masked(images, m)).gather(1, top[:, None])[:, 0] for m in maps.values()]))
-        if 25 * number < deleted:
+        after.append(torch.stack([predict(masked(images, m)).gather(1, top[:, None])[:, 0] if column != "ones"
+                                  else before_ for column, m in maps.items()]))  # ones change nothing: no pass
+        if BATCH * number < deleted:
             areas.append(torch.stack([torch.stack(deletion_and_insertion(predict, images, m, top))
                                       for m in maps.values()]))  # (4, 2, B)
-        done = min(25 * (number + 1), len(photos))
+        done = min(BATCH * (number + 1), len(photos))
         data.progress(f"{facts['arch']}:", done, len(photos), started, "photos")
     correct, before, after = torch.cat(correct).float(), torch.cat(before), torch.cat(after, 1)  # (N,), (N,), (4, N)
     unseen = torch.tensor(["ILSVRC2012_val" in name for name in photos.names])
@@ -372,7 +374,7 @@ def localisation(explained, other, facts, photos, boxes):
 
     found = {}  # (split, column): maps of all photos
     for split, some in photos.items():
-        batches = [four_maps(explained, other, x, y)[0] for x, y in data.eval_batches(some, facts["size"], 25)]
+        batches = [four_maps(explained, other, x, y)[0] for x, y in data.eval_batches(some, facts["size"], BATCH)]
         for column in COLUMNS:
             found[split, column] = torch.cat([maps[column] for maps in batches])
     truth = {split: [boxes[Path(name).stem] for name in some.names] for split, some in photos.items()}

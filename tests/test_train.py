@@ -729,7 +729,7 @@ def test_unknown_network_is_refused_by_the_command(run, demo, tmp_path):
     (["--runs", "file"], ["file"]),
     (["--lr", -1], ["lr"]),
     (["--lr", "nan"], ["lr"]),
-    (["--holdout", 0.99], ["--holdout"]),
+    (["--holdout", 0.999], ["--holdout"]),
     (["--seed", 10**20], ["seed"]),
 ])  # fmt: skip
 def test_bad_input_is_refused(call, demo, tmp_path, more, words):
