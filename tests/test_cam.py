@@ -531,11 +531,12 @@ def test_no_text_lies_on_another_or_leaves_the_picture(monkeypatch, columns, sca
 
 
 @pytest.mark.parametrize("scale", [1e-3, 0.04, 0.7, 9.96, 43.0, 1234.0])
-def test_colour_bar_says_its_ends_and_halves(monkeypatch, scale):
+def test_colour_bar_says_its_ends_and_zero(monkeypatch, scale):
     paper = Paper(monkeypatch)
     cam.compose([noise_photo((50, 50))], ["a"], [cam_row(torch.full((1, 2, 2), scale), ["b"], label="c")], 100)
     numbers = sorted(float(text.replace("\u2212", "-")) for text in paper.texts if re.search(r"\d", text))
-    assert numbers == pytest.approx([-scale, -scale / 2, 0, scale / 2, scale], abs=0.08 * scale)
+    assert [numbers[0], numbers[-1]] == pytest.approx([-scale, scale], rel=0.05)
+    assert 0 in numbers and len(set(numbers)) == len(numbers)
 
 
 def test_text_is_legible_on_a_printed_page(monkeypatch):

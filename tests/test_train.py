@@ -27,6 +27,7 @@ import train
 EPOCHS = 6  # of the runs that are interrupted
 CPU = torch.device("cpu")
 FLOAT32 = train.Precision(None, False, torch.contiguous_format)
+SMOOTHING = 0.2
 KINDS = {  # what is trained: everything from scratch, a last layer alone, a network of which all is fine-tuned
     "cnn": ["cnn"],
     "head": ["resnet18", "--weights", "none"],
@@ -217,13 +218,14 @@ def test_the_loop_uses_the_rates_it_is_given():
     optimizer = torch.optim.SGD(head.parameters(), 1.0)
     scaler = torch.amp.GradScaler("cpu", enabled=False)
     batches = [(x, labels)] * 3
-    losses, right, seen = train.train_epoch(head, batches, plan(batches, [0.0] * 3), optimizer, scaler, FLOAT32)
+    more = optimizer, scaler, FLOAT32, SMOOTHING
+    losses, right, seen = train.train_epoch(head, batches, plan(batches, [0.0] * 3), *more)
     assert torch.equal(head.weight, before) and losses.shape == (3,) and seen == 24
     assert int(right) == 3 * int((head(x).argmax(1) == labels).sum())
-    expected = F.cross_entropy(head(x), labels, label_smoothing=train.LABEL_SMOOTHING)
+    expected = F.cross_entropy(head(x), labels, label_smoothing=SMOOTHING)
     assert torch.allclose(losses, expected.detach())
     (gradient,) = torch.autograd.grad(expected, head.weight)
-    train.train_epoch(head, batches[:1], plan(batches[:1], [0.25]), optimizer, scaler, FLOAT32)
+    train.train_epoch(head, batches[:1], plan(batches[:1], [0.25]), *more)
     assert torch.allclose(head.weight, before - 0.25 * gradient, atol=1e-6)
 
 
@@ -323,13 +325,14 @@ def features_of(network, photos, size, mirror):
     return torch.cat([network.features(x).mean((2, 3)) for x in images])
 
 
-@pytest.mark.parametrize("mirror", [False, True])
-def test_stored_features_are_those_of_the_network(demo, mirror):
+@pytest.mark.parametrize("mirrored", [False, True])
+def test_stored_features_are_those_of_the_network(demo, mirrored):
     network, photos = frozen_resnet(), data.load(demo, "val")
     before = {k: v.clone() for k, v in network.state_dict().items()}
-    stored = train.stored_features(network, photos, 32, FLOAT32, mirror)
-    assert stored.dtype == torch.float32 and not stored.requires_grad
-    assert torch.allclose(stored, features_of(network, photos, 32, mirror), rtol=1e-4, atol=1e-4)
+    stored = train.stored_features(network, photos, 32, FLOAT32, mirrored)
+    assert stored.dtype == torch.float32 and not stored.requires_grad and len(stored) == 1 + mirrored
+    for side, mirror in zip(stored, (False, True), strict=False):
+        assert torch.allclose(side, features_of(network, photos, 32, mirror), rtol=1e-4, atol=1e-4)
     assert all(torch.equal(v, before[k]) for k, v in network.state_dict().items())
 
 
@@ -347,7 +350,7 @@ def test_training_on_stored_features_equals_training_through_the_network(demo, t
     rates = [0.05 / (1 + i) for i in range(len(batches))]
     scaler = torch.amp.GradScaler("cpu", enabled=False)
     optimizer = torch.optim.SGD(module.parameters(), momentum=0.9)
-    losses, *_ = train.train_epoch(module, batches, plan(batches, rates), optimizer, scaler, FLOAT32)
+    losses, *_ = train.train_epoch(module, batches, plan(batches, rates), optimizer, scaler, FLOAT32, SMOOTHING)
 
     # The same photos, found again by their features, through the whole network in evaluation mode.
     both = torch.stack([features_of(reference, photos, 32, mirror) for mirror in (False, True)])
@@ -360,7 +363,7 @@ def test_training_on_stored_features_equals_training_through_the_network(demo, t
         used.append(which)
         optimizer.param_groups[0]["lr"] = rate
         logits = reference.eval()(images.flatten(0, 1)[which])
-        expected = F.cross_entropy(logits, batch_labels, label_smoothing=train.LABEL_SMOOTHING)
+        expected = F.cross_entropy(logits, batch_labels, label_smoothing=SMOOTHING)
         optimizer.zero_grad()
         expected.backward()
         optimizer.step()
