@@ -34,10 +34,10 @@ DEMO    := --data data/demo --runs $(RUNS)/demo $(if $(DEVICE),--device $(DEVICE
 DEMOED  := $(RUNS)/demo/resnet18/best.pt $(RUNS)/demo/cnn/best.pt
 demo: $(ENV)  ## everything, offline, on photos that are drawn here: two networks, the figure, the scores
 	$(PYTHON) tests/demo.py data/demo
-	$(PYTHON) train.py cnn $(DEMO) --epochs 12
-	$(PYTHON) train.py resnet18 $(DEMO) --epochs 7 --weights none --unfreeze --lr 0.02 --crop 64 --size 128
+	$(PYTHON) train.py cnn $(DEMO) --epochs 10
+	$(PYTHON) train.py resnet18 $(DEMO) --epochs 7 --weights none --unfreeze --lr 0.02 --crop 96 --size 128
 	$(PYTHON) cam.py figure --data data/demo --models $(DEMOED) --out $(FIGURES)/demo.png
-	$(PYTHON) score.py $(DEMOED) --data data/demo --deletion 10 --out $(FIGURES)/demo-scores
+	$(PYTHON) score.py $(DEMOED) --data data/demo --deletion 0 --out $(FIGURES)/demo-scores
 
 data: $(ENV)  ## ImageNette-160: downloaded, or from DATA=; checked and decoded
 	$(PYTHON) data.py $(DATA)

@@ -40,7 +40,7 @@ EPOCHS = 6
 KILLS = 3, 12  # how often a training is killed: always, and in the long tests
 MUTATED = 5_000, 50_000  # damaged photos that are read
 CUTS = 400, 4_041  # places at which a download is cut off; in the long tests after every byte
-LIMIT = 120  # s, for any process
+LIMIT = 300  # s, for any process
 TIMES = {"seconds", "images_per_second"}  # what may differ between two runs of the same seed
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2]
 
