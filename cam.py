@@ -15,6 +15,7 @@ the class's score (orange in the pictures) or took from it (blue). Copy this fil
 
 import argparse
 import contextlib
+import math
 import os
 import sys
 from pathlib import Path
@@ -70,7 +71,7 @@ class MapsAndLogits(nn.Module):
 
 def check_identity(maps, logits, bias):
     """Raise CamError unless logits = mean of the map + bias: only then do the maps explain the logits."""
-    error = (maps.mean((2, 3)) + bias - logits).abs().max()
+    error = (maps.mean((2, 3)) + bias - logits).detach().abs().max()
     if not error <= 1e-3 * (1 + logits.abs().max()):
         raise CamError(f"the maps miss the logits by {float(error):.2g}: this network's score is not the mean of a "
                        "map plus a bias, or it holds numbers that are not finite")
@@ -127,12 +128,17 @@ def font(size):
     return ImageFont.load_default(size)
 
 
-def wrap(pen, text, width, face):
-    """`text` broken at spaces into lines of at most `width` px."""
+def wrap(text, width, face):
+    """`text` in lines of at most `width` px, broken at spaces, or within a word that alone is too long."""
     lines = [""]
     for word in text.split():
-        longer = f"{lines[-1]} {word}".strip()
-        lines[-1:] = [longer] if pen.textlength(longer, face) <= width or not lines[-1] else [lines[-1], word]
+        if face.getlength(f"{lines[-1]} {word}".strip()) <= width:
+            lines[-1] = f"{lines[-1]} {word}".strip()
+            continue
+        lines += [""] if lines[-1] else []
+        for letter in word:
+            lines += [""] if face.getlength(lines[-1] + letter) > width else []
+            lines[-1] += letter
     return "\n".join(lines)
 
 
@@ -148,6 +154,11 @@ def resize(photo, size):
     return torch.from_numpy(np.array(image))
 
 
+def number(value, scale):
+    """`value` signed, with the decimals that show three digits of `scale`."""
+    return f"{value:+.{max(0, 2 - math.floor(math.log10(scale)))}f}" if value else "0"
+
+
 def colour_bar(canvas, left, top, width, height, scale, face):
     """The signed scale of a row: grey is nothing, orange adds to the score, blue takes from it."""
     ramp = torch.linspace(1, -1, height)[:, None].expand(height, width) * scale
@@ -158,8 +169,7 @@ def colour_bar(canvas, left, top, width, height, scale, face):
     for share, anchor in ((1, "la"), (0, "lm"), (-1, "ld")):  # the ends stay inside
         y = top + (height - 1) * (1 - share) / 2
         pen.line((left + width, y, left + width + 6, y), "black", 2)
-        text = f"{share * scale:+.{1 if scale < 100 else 0}f}" if share else "0"
-        pen.text((left + width + 10, y), text, "black", face, anchor=anchor)
+        pen.text((left + width + 10, y), number(share * scale, scale), "black", face, anchor=anchor)
 
 
 def compose(photos, titles, rows, tile=224):
@@ -170,14 +180,16 @@ def compose(photos, titles, rows, tile=224):
     """
     gap, face = tile // 20, font(round(tile * 0.15))
     line, bar = round(face.size * 1.25), tile // 10
-    ruler = ImageDraw.Draw(Image.new("RGB", (1, 1)))
-    titles = [wrap(ruler, title, tile, face) for title in titles]
-    captions = [[wrap(ruler, caption, tile, face) for caption in row.captions] for row in rows]
+    titles = [wrap(title, tile, face) for title in titles]
+    captions = [[wrap(caption, tile, face) for caption in row.captions] for row in rows]
+    scales = [max(float(row.maps.abs().max()), 1e-6) for row in rows]
 
     def lines(texts):
         return max(text.count("\n") + 1 for text in texts)
 
-    width = gap + len(photos) * (tile + gap) + bar + round(face.getlength("+00.0")) + 3 * gap
+    beside = bar + 10 + math.ceil(max(face.getlength(number(-scale, scale)) for scale in scales))
+    width = gap + len(photos) * (tile + gap) + max(beside, math.ceil(face.getlength("logits"))) + gap
+    width = max(width, math.ceil(max(face.getlength(row.label) for row in rows)) + 2 * gap)
     heights = [gap + line + tile + gap + line * lines(texts) + gap for texts in captions]
     canvas = Image.new("RGB", (width, gap + line * lines(titles) + tile + gap + sum(heights)), "white")
     pen = ImageDraw.Draw(canvas)
@@ -196,8 +208,7 @@ def compose(photos, titles, rows, tile=224):
         pen.text((columns[i] + tile / 2, y - gap / 2), title, "black", face, anchor="md", align="center")
         paste(photo, i, y)
     y += tile + gap
-    for row, texts, height in zip(rows, captions, heights, strict=True):
-        scale = max(float(row.maps.abs().max()), 1e-6)
+    for row, texts, height, scale in zip(rows, captions, heights, scales, strict=True):
         pen.text((gap, y + gap), row.label, "black", face)
         top = y + gap + line
         for i, text in enumerate(texts):
@@ -207,7 +218,7 @@ def compose(photos, titles, rows, tile=224):
             colour = WRONG if row.right[i] is False else RIGHT
             pen.text((columns[i] + tile / 2, top + tile + gap / 2), text, colour, face, anchor="ma", align="center")
         colour_bar(canvas, columns[-1] + tile + gap, top, bar, tile, scale, face)
-        pen.text((columns[-1] + tile + gap, y + gap), "logits", "black", face)
+        pen.text((columns[-1] + tile + gap, top + tile + gap / 2), "logits", "black", face)
         y += height
     return canvas
 
@@ -238,7 +249,7 @@ def look(network, facts, photos):
     seen, explained = [], MapsAndLogits(network)
     for photo in photos:  # one by one: sizes differ, and a photo can be large
         ((images, _),) = data.eval_batches(data.from_arrays([photo]), facts["size"], 1)
-        seen.append(explained(images))
+        seen.append((explained(images)[0], network(images)))
     maps, logits = (torch.cat(tensors) for tensors in zip(*seen, strict=True))
     check_identity(maps, logits, network.head.bias)
     return maps, logits, logits.softmax(1)
@@ -308,6 +319,7 @@ def explain(options):
     paths = [Path(p) for p in options.photos]
     paths = [p for path in paths for p in (sorted(q for q in path.iterdir() if q.suffix.lower() in data.SUFFIXES)
                                            if path.is_dir() else [path])]  # fmt: skip
+    written = set()
     for path in paths:
         photo = torch.from_numpy(data.decode(path))
         maps, logits, probabilities = look(network, facts, [photo])
@@ -321,7 +333,10 @@ def explain(options):
             difference = logits[0, a] - logits[0, b]
             captions.append(f"logits differ by {difference:+.2f} of which bias {bias[a] - bias[b]:+.2f}")
         row = Row(describe(facts), torch.stack(shown), captions, [None] * len(shown))
-        out = Path(options.out) / f"{path.stem}-explained.png"
+        out, copy = Path(options.out) / f"{path.stem}-explained.png", 2
+        while out in written:  # photos of the same name from several folders
+            out, copy = out.with_name(f"{path.stem}-{copy}-explained.png"), copy + 1
+        written.add(out)
         save_png(compose([photo] * len(shown), titles, [row], options.tile), out)
         print(f"{out}: " + ", ".join(f"{classes[k]} {probabilities[0, k]:.1%}" for k in top))
 
@@ -354,6 +369,15 @@ def gallery(options):
     print(options.out)
 
 
+def at_least(least):
+    def whole_number(text):
+        if int(text) < least:
+            raise argparse.ArgumentTypeError(f"{text} is less than {least}")
+        return int(text)
+
+    return whole_number
+
+
 def main(arguments=None):
     parser = argparse.ArgumentParser(description="Where did the network look? Maps and pictures.")
     commands = parser.add_subparsers(dest="command", required=True)
@@ -361,7 +385,7 @@ def main(arguments=None):
     def command(run, about, out, tile):
         it = commands.add_parser(run.__name__, help=about, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
         it.add_argument("--out", default=out, help="where the picture goes")
-        it.add_argument("--tile", type=int, default=tile, help="longest side of a photo in the picture, px")
+        it.add_argument("--tile", type=at_least(16), default=tile, help="longest side of a photo in the picture, px")
         it.set_defaults(run=run)
         return it.add_argument
 
@@ -374,12 +398,12 @@ def main(arguments=None):
     add = command(explain, "the top classes of any photo, or of a folder of them", "figures", 480)
     add("photos", nargs="+")
     add("--model", default="runs/cnn/best.pt", help="checkpoint")
-    add("--top", type=int, default=3, help="classes to show")
+    add("--top", type=at_least(1), default=3, help="classes to show")
     add("--contrast", nargs=2, metavar=("A", "B"), help="two classes: also show what speaks for A and against B")
     add = command(gallery, "the most confident mistakes on val", "figures/gallery.png", 224)
     add("--model", default="runs/cnn/best.pt", help="checkpoint")
     add("--data", default="data/imagenette2-160", help="ImageNette folder or .tgz")
-    add("--count", type=int, default=10, help="mistakes to show")
+    add("--count", type=at_least(1), default=10, help="mistakes to show")
     add("--per-class", action="store_true", help="the worst of each class, instead of the worst of all")
     options = parser.parse_args(arguments)
     import data

@@ -15,6 +15,7 @@ import csv
 import ctypes
 import io
 import json
+import math
 import os
 import platform
 import signal
@@ -69,6 +70,8 @@ def choose_device(name):
         name = cuda if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
         device = torch.device(name)
+        if device.type not in ("cpu", "cuda", "mps"):
+            raise RuntimeError(f"{device.type} is no device to train on")
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise TrainError(f"there is no device {name!r} here: use --device cpu, cuda, mps or auto "
@@ -274,6 +277,8 @@ def resume(path, settings):
     if not path.exists():
         return None
     state = models.read(path)
+    if not isinstance(state, dict) or not state.keys() >= {"settings", "rows", "network", "optimizer", "scaler"}:
+        raise TrainError(f"{path} is no last.pt that train.py wrote: remove it, or give this run a --name of its own")
     old = state["settings"]
     differ = [f"{k} {old.get(k)} there, {new} here" for k, new in settings.items() if old.get(k) != new]
     if differ:
@@ -282,48 +287,53 @@ def resume(path, settings):
     return state
 
 
+def number(kind, low, high=math.inf):
+    """An argparse type: a `kind` (int or float) from `low` to `high`."""
+
+    def parse(text):
+        if not low <= kind(text) <= high:
+            raise argparse.ArgumentTypeError(f"{text} is not from {low:g} to {high:g}")
+        return kind(text)
+
+    parse.__name__ = f"{kind.__name__} value"
+    return parse
+
+
 def parse_arguments(arguments=None):
     parser = argparse.ArgumentParser(description="Train the CNN from scratch, or fine-tune an ImageNet network.",
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)  # fmt: skip
-    of_recipe = "of the recipe"
+
+    def recipe(key, kind, what=""):  # an option whose default depends on what is trained
+        defaults = ", ".join(f"{values[key]} {kind}" for kind, values in RECIPES.items() if values[key])
+        add(f"--{key.replace('_', '-')}", type=kind, default=argparse.SUPPRESS, help=f"{what} (default: {defaults})")
+
     add = parser.add_argument
     add("arch", help="cnn, resnet18, or another torchvision network that CAM is exact for")
     add("--data", default="data/imagenette2-160", help="ImageNette folder or .tgz")
-    add("--weights", help="'imagenet' (download), 'none' (random), or a file in torchvision's format; "
-        "by default 'imagenet' for every network but the cnn")
+    add("--weights", default=argparse.SUPPRESS, help="'imagenet' (download; the default of every network but the cnn), "
+        "'none' (random), or a file in torchvision's format")  # fmt: skip
     add("--unfreeze", action="store_true", help="train every layer, not the last one alone")
-    add("--epochs", type=positive, help=of_recipe)
-    add("--crop", type=positive, help="training crop, px; " + of_recipe)
+    recipe("epochs", number(int, 1), "passes over the photos")
+    recipe("crop", number(int, 1), "side of a training crop, px")
     add("--plain-crop", action="store_true", help="crops at the photo's own scale, instead of random resized ones")
-    add("--size", type=positive, help="side of the photos in evaluation, px; " + of_recipe)
-    add("--batch-size", type=positive, help=of_recipe)
-    add("--lr", type=float, help="peak learning rate; " + of_recipe)
-    add("--holdout", type=float, default=0.0, help="share of train to choose settings by: validates on it, not on val")
-    add("--seed", type=int, default=0, help="decides initial weights, order and crops")
+    recipe("size", number(int, 1), "side of the photos in evaluation, px")
+    recipe("batch_size", number(int, 1), "photos in a step")
+    recipe("lr", number(float, 0, 1e38), "peak learning rate")
+    add("--holdout", type=number(float, 0, 1), default=0.0, help="share of train to validate on, in place of val")
+    add("--seed", type=number(int, 0, 2**40), default=0, help="decides initial weights, order and crops")
     add("--device", default="auto", help="cpu, cuda, mps or auto")
     add("--runs", default="runs", help="where results go")
-    add("--name", help="folder in --runs; by default the network's name")
+    add("--name", default=argparse.SUPPRESS, help="folder in --runs; the network's name unless given")
     add("--skip-bad", action="store_true", help="leave damaged photos out")
-    add("--dry-run", action="store_true", help="two batches an epoch, one epoch, everything written, as <name>-dry-run")
+    add("--dry-run", action="store_true", help="one epoch of two batches, everything written, as <name>-dry-run")
     options = parser.parse_args(arguments)
     options.kind = "scratch" if options.arch == "cnn" else "unfreeze" if options.unfreeze else "head"
-    for key, value in RECIPES[options.kind].items():
-        if getattr(options, key, None) is None:
-            setattr(options, key, value)
-    if options.weights in (None, "none"):
-        options.weights = "imagenet" if options.weights is None and options.arch != "cnn" else None
-    options.name = (options.name or options.arch) + "-dry-run" * options.dry_run
+    weights = getattr(options, "weights", None if options.arch == "cnn" else "imagenet")
+    options.weights = None if weights == "none" else weights
+    options.name = getattr(options, "name", options.arch) + "-dry-run" * options.dry_run
+    options = argparse.Namespace(**{**RECIPES[options.kind], **vars(options)})
     options.epochs = 1 if options.dry_run else options.epochs
-    if not 0 <= options.holdout < 1:
-        parser.error("--holdout is a share of the training photos, 0 to 1")
     return options
-
-
-def positive(text):
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not 1 or more")
-    return value
 
 
 def prepare_photos(options, device):
@@ -333,6 +343,9 @@ def prepare_photos(options, device):
     if options.holdout:
         order = torch.randperm(len(photos), generator=torch.Generator().manual_seed(0))  # the same for every --seed
         cut = max(1, round(options.holdout * len(photos)))
+        if len(photos) - cut < 2:
+            raise TrainError(f"--holdout {options.holdout} leaves {len(photos) - cut} of {len(photos):,} photos to "
+                             "train on: use a smaller share")
         photos, val = photos.subset(order[cut:]), photos.subset(order[:cut])
     else:
         val = data.load(folder, "val", options.skip_bad)
@@ -416,6 +429,9 @@ def run_epochs(folder, options, settings, network, batches, state, precision):
         correct, seen = sum_over_processes(torch.stack([correct, torch.tensor(seen, device=device)])).tolist()
         speed = seen / (time.time() - started)
         val_loss, right, count = sum_over_processes(evaluate(module, val_batches(), precision)).tolist()
+        if not math.isfinite(val_loss):
+            raise TrainError(f"the validation loss is not finite after epoch {epoch + 1}: use a smaller --lr; "
+                             f"what is in {folder} is still of epoch {epoch}")
         rows.append(dict(epoch=epoch + 1, train_loss=round(float(losses.mean()), 4),
                          train_accuracy=round(correct / seen, 5), val_loss=round(val_loss / count, 4),
                          val_accuracy=round(right / count, 5), lr=round(plan[0][0], 6),
@@ -448,7 +464,8 @@ def train(options):
         print(f"{folder}: {options.arch}, {sum(p.numel() for p in network.parameters()) / 1e6:.1f} million parameters, "
               f"{device.type}, {precision.name}, {len(photos):,} photos to train on, {len(val):,} to validate on"
               + (f"; {len(rows)} of {options.epochs} epochs are done" if rows else ""), flush=True)
-    if len(rows) < options.epochs:
+    finished = len(rows) == options.epochs
+    if not finished:
         if RANK == 0:
             folder.mkdir(parents=True, exist_ok=True)
             here = dict(device=device.type, precision=precision.name, torch=torch.__version__,
@@ -458,10 +475,17 @@ def train(options):
         rows = run_epochs(folder, options, settings, network, batches, state, precision)
     if RANK == 0:
         best = max(rows, key=lambda row: row["val_accuracy"])
-        write_text(folder / "result.json", json.dumps(dict(
-            best_accuracy=best["val_accuracy"], best_epoch=best["epoch"], last_accuracy=rows[-1]["val_accuracy"],
-            seconds=round(sum(row["seconds"] for row in rows), 1)), indent=1))  # fmt: skip
-        print(f"{folder}: best {best['val_accuracy']:.2%} (epoch {best['epoch']}), last {rows[-1]['val_accuracy']:.2%}")
+        result = dict(best_accuracy=best["val_accuracy"], best_epoch=best["epoch"],
+                      last_accuracy=rows[-1]["val_accuracy"],
+                      seconds=round(sum(row["seconds"] for row in rows), 1))  # fmt: skip
+        files = {"log.csv": lambda path: write_text(path, as_csv(rows)),
+                 "curves.png": lambda path: draw_curves(rows, path),
+                 "result.json": lambda path: write_text(path, json.dumps(result, indent=1))}  # fmt: skip
+        for name, write in files.items():  # of a finished run, what is missing: it may have been killed after last.pt
+            if not (finished and (folder / name).exists()):
+                write(folder / name)
+        print(f"{folder}: best {best['val_accuracy']:.2%} (epoch {best['epoch']}), last {rows[-1]['val_accuracy']:.2%}"
+              + ("; all epochs are done, nothing to do" if finished else ""))
     if WORLD > 1:
         torch.distributed.destroy_process_group()
 

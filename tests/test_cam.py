@@ -484,7 +484,8 @@ def test_long_names_wrap_inside_their_tile():
     row = cam_row(maps, captions=["", long + " 100%", ""], label="")
     canvas = np.array(cam.compose(photos, ["", long, ""], [row], TILE))
     (_, (x, y, w, h, (top,)), _) = places([(50, 50)] * 3, ["", long, ""], [row])
-    for band in (canvas[:y], canvas[top + h + 2 :]):  # below the last tick of the colour bar
+    beside = x + 2 * w + 2 * (TILE // 20)  # where the colour bar and its unit are
+    for band in (canvas[:y], canvas[top + h + 2 :, :beside]):
         inked = np.flatnonzero((band < 250).any((0, 2)))
         assert len(inked) and inked.min() >= x - 1 and inked.max() <= x + w
 

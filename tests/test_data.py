@@ -214,7 +214,9 @@ def test_a_batch_is_its_photos_one_by_one():
 
 def test_mirroring_mirrors():
     photos = ragged()
-    [(images, _)], [(mirrored, _)] = (list(data.eval_batches(photos, 24, 4, flip=f)) for f in (False, True))
+    index, zero = torch.arange(len(photos)), torch.zeros(len(photos))
+    boxes = torch.stack([zero, zero, photos.height, photos.width], 1)
+    images, mirrored = (data.resample(photos, index, boxes, 24, torch.full_like(index, f).bool()) for f in (0, 1))
     assert torch.allclose(images.flip(3), mirrored, atol=1e-5) and not torch.allclose(images, mirrored, atol=0.1)
 
 
@@ -261,9 +263,9 @@ def test_an_epoch_shows_every_photo_once_with_its_label(plain):
     assert sorted(seen) == list(range(23)) and seen != sorted(seen)
 
 
-def test_no_batch_of_one_alone():
-    sizes = [len(labels) for _, labels in data.train_batches(plain_colours(21), 8, 5, torch.Generator())]
-    assert sizes == [5, 5, 5, 5]
+def test_a_small_last_batch_joins_the_one_before():
+    sizes = [len(labels) for _, labels in data.train_batches(plain_colours(22), 8, 5, torch.Generator())]
+    assert sizes == [5, 5, 5, 7]
     assert [len(labels) for _, labels in data.train_batches(plain_colours(2), 8, 1, torch.Generator())] == [1, 1]
 
 

@@ -561,7 +561,7 @@ def test_terminated_and_killed_a_process_goes_on_by_the_same_command(trained, de
     process = start(demo, tmp_path)
     wait_for_an_epoch(process)
     process.send_signal(signal.SIGTERM)
-    _, error = process.communicate(timeout=120)
+    _, error = process.communicate(timeout=300)
     assert process.returncode == 130, error
     assert "Traceback" not in error and len([line for line in error.splitlines() if "train.py: " in line]) == 1
     done = len(models.read(tmp_path / "cnn" / "last.pt")["rows"])
@@ -570,7 +570,7 @@ def test_terminated_and_killed_a_process_goes_on_by_the_same_command(trained, de
     process = start(demo, tmp_path)
     assert int(wait_for_an_epoch(process).split("/")[0].split()[1]) == done + 1
     process.kill()
-    process.communicate(timeout=120)
+    process.communicate(timeout=300)
     assert process.returncode == -signal.SIGKILL
     assert done < len(models.read(tmp_path / "cnn" / "last.pt")["rows"]) < EPOCHS
 
@@ -667,7 +667,7 @@ def test_a_full_disk_ends_a_process_with_a_sentence_and_the_epoch_before_intact(
     before = (tmp_path / "cnn" / "last.pt").read_bytes()
     limit = 100_000  # bytes of a file: enough for a log and a picture, not for weights
     process = start(demo, tmp_path, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)))
-    output, error = process.communicate(timeout=120)
+    output, error = process.communicate(timeout=300)
     assert refused(SimpleNamespace(returncode=process.returncode, stdout=output, stderr=error), "too large", ".pt")
     assert (tmp_path / "cnn" / "last.pt").read_bytes() == before
     assert not list(tmp_path.rglob("*.part"))
