@@ -261,6 +261,8 @@ def load_models(paths):
 
     loaded = [models.load(path) for path in paths]
     for path, (_, facts) in zip(paths, loaded, strict=True):
+        if missing := {"size", "settings", "accuracy"} - facts.keys():
+            raise CamError(f"{path} does not say its {min(missing)}: use a checkpoint of train.py (runs/*/best.pt)")
         if list(facts["classes"]) != list(loaded[0][1]["classes"]):
             raise CamError(f"{path} knows other classes than {paths[0]}: compare networks of the same classes")
     return loaded

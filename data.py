@@ -17,6 +17,7 @@ A crop is a box in pixels, and cropping, resizing and mirroring a whole batch is
 
 import argparse
 import contextlib
+import glob
 import gzip
 import hashlib
 import http.client
@@ -53,6 +54,7 @@ CLASSES = {  # folder (WordNet id) -> name; the order is the label
 }  # fmt: skip
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, RGB in 0..1
 SUFFIXES = {".jpeg", ".jpg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm"}
+FORMATS = ("JPEG", "PNG", "BMP", "GIF", "TIFF", "WEBP", "PPM")  # Pillow gives PostScript to Ghostscript, to be run
 MAX_FILES, MAX_BYTES = 20_000, 3 * 2**30  # no ImageNette archive, full size included, holds more
 MAX_PIXELS = 100_000_000  # of one photo
 STAMP = ".archive.json"  # in an unpacked folder: which archive it came from
@@ -91,6 +93,8 @@ def lock(path):
             except BlockingIOError:
                 print(f"waiting for another process that is making {path}", file=sys.stderr)
                 fcntl.flock(file, fcntl.LOCK_EX)
+            for left in Path(path).parent.glob(f"{glob.escape(Path(path).name)}.[0-9]*.part"):  # by one that was killed
+                shutil.rmtree(left) if left.is_dir() else left.unlink()
         yield
 
 
@@ -129,7 +133,7 @@ def download(url, target, size, md5, tries=6, timeout=30):
                 have = have if reply.status == 206 else 0  # 200: this server has no Range, start again
                 started, before = time.time(), have
                 with open(part, "ab" if have else "wb") as file:
-                    while chunk := reply.read(1 << 18):
+                    while chunk := reply.read1(1 << 18):
                         file.write(chunk)
                         have += len(chunk)
                         progress(f"{target.name}:", (have - before) / 1e6, (size - before) / 1e6, started, "MB")
@@ -260,7 +264,7 @@ def prepare(source=None, root="data"):
 def decode(file, name=None):
     """A photo (path or open file) as upright RGB, (H, W, 3) uint8, whatever its mode; DataError names it."""
     try:
-        with Image.open(file) as image:
+        with Image.open(file, formats=FORMATS) as image:
             if image.width * image.height > MAX_PIXELS:
                 raise ValueError(f"{image.width} x {image.height} pixels are more than {MAX_PIXELS:,}")
             image.load()

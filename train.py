@@ -428,6 +428,8 @@ def run_epochs(folder, options, settings, network, batches, state, precision):
                              f"what is in {folder} is still of epoch {epoch}")
         correct, seen = sum_over_processes(torch.stack([correct, torch.tensor(seen, device=device)])).tolist()
         speed = seen / (time.time() - started)
+        for buffer in module.buffers() if WORLD > 1 else ():
+            torch.distributed.broadcast(buffer, 0)  # each has statistics of its own; rank 0's are those that are saved
         val_loss, right, count = sum_over_processes(evaluate(module, val_batches(), precision)).tolist()
         if not math.isfinite(val_loss):
             raise TrainError(f"the validation loss is not finite after epoch {epoch + 1}: use a smaller --lr; "
@@ -450,6 +452,9 @@ def train(options):
         torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
     folder = Path(options.runs) / options.name
     photos, val = prepare_photos(options, device)
+    if min(len(val), *map(len, data.shuffled(len(photos), options.batch_size, None))) < WORLD:
+        raise TrainError(f"{WORLD} processes are more than a batch or val has photos: use a larger --batch-size than "
+                         f"{options.batch_size}, or fewer processes")
     settings = {k: v for k, v in vars(options).items() if k in SETTINGS} | {
         "frozen": options.kind == "head", "photos": [len(photos), len(val)]}  # fmt: skip
     state = None if options.dry_run else resume(folder / "last.pt", settings)
@@ -468,6 +473,9 @@ def train(options):
     if not finished:
         if RANK == 0:
             folder.mkdir(parents=True, exist_ok=True)
+            for part in folder.glob("*.part"):
+                if time.time() - part.stat().st_mtime > 60:  # a killed run's; a younger one may be another run's
+                    part.unlink(missing_ok=True)
             here = dict(device=device.type, precision=precision.name, torch=torch.__version__,
                         threads=torch.get_num_threads(), processes=WORLD)  # fmt: skip
             write_text(folder / "config.json", json.dumps(settings | here, indent=1))
