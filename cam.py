@@ -187,7 +187,7 @@ def compose(photos, titles, rows, tile=224):
     def lines(texts):
         return max(text.count("\n") + 1 for text in texts)
 
-    beside = bar + 10 + math.ceil(max(face.getlength(number(-scale, scale)) for scale in scales))
+    beside = bar + 10 + math.ceil(max(face.getlength(number(end, abs(end))) for s in scales for end in (s, -s)))
     width = gap + len(photos) * (tile + gap) + max(beside, math.ceil(face.getlength("logits"))) + gap
     width = max(width, math.ceil(max(face.getlength(row.label) for row in rows)) + 2 * gap)
     heights = [gap + line + tile + gap + line * lines(texts) + gap for texts in captions]

@@ -201,12 +201,12 @@ def test_the_loop_fits_on_a_screen_and_has_backward_in_it():
 def test_one_batch_can_be_learnt_by_heart(demo, tmp_path, monkeypatch):
     monkeypatch.setattr(train, "save_epoch", lambda *things: None)
     photos = data.load(demo, "train").subset(torch.arange(0, 60, 4))
-    (batch,) = data.eval_batches(photos, 32, len(photos))
+    (batch,) = data.eval_batches(photos, 24, len(photos))
     options = train.parse_arguments(arguments(demo, tmp_path, "--batch-size", len(photos), epochs=4))
     torch.manual_seed(0)
     network = models.cnn()
-    batches = network, lambda generator: [batch] * 10, lambda: [batch]
-    settings = {"photos": [10 * len(photos), len(photos)]}
+    batches = network, lambda generator: [batch] * 8, lambda: [batch]
+    settings = {"photos": [8 * len(photos), len(photos)]}
     rows = train.run_epochs(tmp_path, options, settings, network, batches, None, train.choose_precision(CPU))
     assert len(rows) == 4 and rows[-1]["train_accuracy"] == 1 and rows[-1]["val_accuracy"] == 1
     assert rows[-1]["train_loss"] < rows[0]["train_loss"] / 2
