@@ -66,10 +66,9 @@ class Precision(NamedTuple):
 def choose_device(name):
     """The torch.device called `name`; "auto" takes the best there is. Raises TrainError."""
     if name == "auto":
-        cuda = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
-        name = cuda if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
-        device = torch.device(name)
+        device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if name == "cuda" else name)
         if device.type not in ("cpu", "cuda", "mps"):
             raise RuntimeError(f"{device.type} is no device to train on")
         torch.zeros(1, device=device)
@@ -136,8 +135,9 @@ def orthogonalise(matrix):
 class Muon(torch.optim.Optimizer):
     """SGD with Nesterov momentum that orthogonalises the step of every filter bank (Jordan et al. 2024).
 
-    A gradient is dominated by few directions; orthogonalised, a step moves all of them alike. Vectors, the first layer and the last one take plain SGD steps, at
-    `PLAIN_LR` times the learning rate, and norms and biases have no weight decay, which would only distort them.
+    A gradient is dominated by few directions; orthogonalised, a step moves all of them alike. Vectors, the first
+    layer and the last one take plain SGD steps, at `PLAIN_LR` times the learning rate, and norms and biases have no
+    weight decay, which would only distort them.
     """
 
     def __init__(self, network, lr, weight_decay, momentum=0.9):
