@@ -10,7 +10,8 @@ In code, for a network that is features -> global average pooling -> one linear 
     pixels = cam.upsample(maps[:, 3], (160, 160))                   # (N, 160, 160)
 
 The mean of a class's map plus its bias *is* its logit, so a cell of the map says how much that place added to
-the class's score (orange in the pictures) or took from it (blue). Copy this file alone and it works.
+the class's score (orange in the pictures) or took from it (blue). Copy this file alone and its functions work; the
+commands want data.py and models.py beside it.
 """
 
 import argparse
@@ -269,7 +270,7 @@ def load_models(paths):
 
 
 def describe(facts):
-    how = "only its last layer trained" if facts["settings"]["frozen"] else "every layer trained"
+    how = "only its last layer trained" if facts["settings"].get("frozen") else "every layer trained"
     return f"{facts['arch']}, {how}: {facts['accuracy']:.1%} of val right"
 
 
@@ -310,7 +311,7 @@ def figure(options):
 
 
 def explain(options):
-    """For each photo one picture: the photo, then the maps of the network's top classes, on one scale."""
+    """For each photo one picture: the maps of the network's top classes under it, on one scale."""
     import data
 
     ((network, facts),) = load_models([options.model])
@@ -321,6 +322,8 @@ def explain(options):
     paths = [Path(p) for p in options.photos]
     paths = [p for path in paths for p in (sorted(q for q in path.iterdir() if q.suffix.lower() in data.SUFFIXES)
                                            if path.is_dir() else [path])]  # fmt: skip
+    if not paths:
+        raise CamError(f"{', '.join(options.photos)} holds no photo: name a photo, or a folder that has some")
     written = set()
     for path in paths:
         photo = torch.from_numpy(data.decode(path))
@@ -335,9 +338,9 @@ def explain(options):
             difference = logits[0, a] - logits[0, b]
             captions.append(f"logits differ by {difference:+.2f} of which bias {bias[a] - bias[b]:+.2f}")
         row = Row(describe(facts), torch.stack(shown), captions, [None] * len(shown))
-        out, copy = Path(options.out) / f"{path.stem}-explained.png", 2
+        out, count = Path(options.out) / f"{path.stem}-{facts['arch']}.png", 2
         while out in written:  # photos of the same name from several folders
-            out, copy = out.with_name(f"{path.stem}-{copy}-explained.png"), copy + 1
+            out, count = out.with_name(f"{path.stem}-{facts['arch']}-{count}.png"), count + 1
         written.add(out)
         save_png(compose([photo] * len(shown), titles, [row], options.tile), out)
         print(f"{out}: " + ", ".join(f"{classes[k]} {probabilities[0, k]:.1%}" for k in top))
@@ -377,6 +380,7 @@ def at_least(least):
             raise argparse.ArgumentTypeError(f"{text} is less than {least}")
         return int(text)
 
+    whole_number.__name__ = "int"  # what argparse calls it where it is none
     return whole_number
 
 

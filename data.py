@@ -44,7 +44,7 @@ except ImportError:  # Windows: no lock, so two processes may do the same work t
     fcntl = None
 
 URL = "https://s3.amazonaws.com/fast-ai-imageclas/imagenette2-160.tgz"
-SIZE, MD5 = 99_003_388, "e793b78cc4c9e9a4ccc0c1155377a412"
+ARCHIVE_BYTES, ARCHIVE_MD5 = 99_003_388, "e793b78cc4c9e9a4ccc0c1155377a412"
 COUNTS = {"train": 9_469, "val": 3_925}
 CLASSES = {  # folder (WordNet id) -> name; the order is the label
     "n01440764": "tench", "n02102040": "English springer", "n02979186": "cassette player",
@@ -235,7 +235,7 @@ def prepare(source=None, root="data"):
         root.mkdir(parents=True, exist_ok=True)
         with lock(source):
             if not source.exists():
-                download(URL, source, SIZE, MD5)
+                download(URL, source, ARCHIVE_BYTES, ARCHIVE_MD5)
     source = folder if source is None else Path(source)
     if not source.exists():
         raise DataError(f"{source} does not exist: `python data.py` downloads ImageNette, or name a folder or an "
@@ -277,8 +277,9 @@ def decode(file, name=None):
             return np.array(image.convert("RGB"))
     except Exception as error:  # Pillow's decoders raise nearly every type there is on a damaged file
         text = str(error) or type(error).__name__
-        raise DataError(f"{name or file} cannot be read as a photo ({text}): replace or remove it, "
-                        "or go on without such files with --skip-bad") from error
+        if isinstance(error, FileNotFoundError):
+            raise DataError(f"{name or file} does not exist: name a photo that is there") from error
+        raise DataError(f"{name or file} cannot be read as a photo ({text}): replace or remove it") from error
 
 
 @dataclass
@@ -367,7 +368,8 @@ def pack(folder, paths, packed, key, skip_bad):
             for path, image in zip(chunk_paths, threads.map(try_decode, chunk_paths), strict=True):
                 if isinstance(image, DataError):
                     if not skip_bad:
-                        raise image
+                        raise DataError(f"{image}, or go on without such files: `python data.py {folder.parent} "
+                                        "--skip-bad`, and --skip-bad for train.py")
                     bad.append(path)
                     continue
                 file.write(image.data)

@@ -119,7 +119,7 @@ def build(arch, classes=10, weights=None):
 
 
 def take_apart(network, arch):
-    """A torchvision classifier as a CAMNet of the same modules, proved equal to its own forward.
+    """A torchvision classifier as a CAMNet of the same modules, checked against its own forward.
 
     All that comes before the pooling becomes `features`; what comes after it must be one linear layer.
     """
@@ -184,7 +184,7 @@ def load_torchvision_state(network, state, source, arch):
 
 def fold_norms(network):
     """A copy for inference in which every BatchNorm is folded into the convolution before it: about 1.3 times as
-    fast and equal up to rounding. Returned as it was where folding would change what it computes."""
+    fast and equal up to rounding. An unfolded copy where folding would change what it computes."""
 
     def fold(module):
         children = list(module.named_children())
@@ -235,13 +235,13 @@ def write(path, contents):
 def read(path):
     """The contents of a file of tensors and plain types; anything that would run code is refused."""
     if not Path(path).is_file():
-        raise ModelError(f"{path} does not exist: train a network first (`make train-cnn`, `make finetune`), or name "
-                         "another file")
+        what = "is a folder" if Path(path).is_dir() else "does not exist"
+        raise ModelError(f"{path} {what}: name a file that is there (`make train-cnn` writes runs/cnn/best.pt)")
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a stranger's file fails in as many ways as there are files
         raise ModelError(f"{path} is no file of weights, is damaged, or holds more than tensors and plain types: "
-                         f"name another ({(str(error) or type(error).__name__).splitlines()[0][:100]})") from error
+                         "name another") from error
 
 
 def save(path, network, **facts):

@@ -11,7 +11,7 @@ In code:
 Maps are (N, h, w) float32, one class per photo, signed, in logits, and cover the whole photo. Boxes are a list of N
 tensors (n, 4), x0, y0, x1, y1 as fractions of the photo's width and height, which fit every copy of the photo,
 squashed ones included. "Per photo" means (N,), to be averaged, or handed to `bootstrap`; all scores are shares, 0 to 1.
-The functions know no network and import nothing of the project: copy this file alone and they work.
+The functions know no network: copy this file alone and they work. The command wants the other files beside it.
 """
 
 import argparse
@@ -417,7 +417,7 @@ def as_rows(networks):
             rows.append((f"{score}: {name}" + (f" (n = {n:,})" if n else ""), cells))
         first, *second = (scores[score][COLUMNS[0]] for scores in networks.values())
         if len(second) == 1 and not isinstance(first, tuple):
-            rows.append(("    first less second", {COLUMNS[0]: bootstrap(first - second[0])}))
+            rows.append((f"    {' less '.join(networks)}", {COLUMNS[0]: bootstrap(first - second[0])}))
     return rows
 
 

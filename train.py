@@ -291,10 +291,10 @@ def number(kind, low, high=math.inf):
 
     def parse(text):
         if not low <= kind(text) <= high:
-            raise argparse.ArgumentTypeError(f"{text} is not from {low:g} to {high:g}")
+            raise argparse.ArgumentTypeError(f"{text} is less than {low:g}, more than {high:g} or no number")
         return kind(text)
 
-    parse.__name__ = f"{kind.__name__} value"
+    parse.__name__ = kind.__name__  # what argparse calls it where it is none
     return parse
 
 
@@ -303,7 +303,8 @@ def parse_arguments(arguments=None):
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)  # fmt: skip
 
     def recipe(key, kind, what=""):  # an option whose default depends on what is trained
-        defaults = ", ".join(f"{values[key]} {kind}" for kind, values in RECIPES.items() if values[key])
+        names = {"scratch": "for the cnn", "head": "with all frozen but the last layer", "unfreeze": "with --unfreeze"}
+        defaults = ", ".join(f"{values[key]} {names[of]}" for of, values in RECIPES.items() if values[key])
         add(f"--{key.replace('_', '-')}", type=kind, default=argparse.SUPPRESS, help=f"{what} (default: {defaults})")
 
     add = parser.add_argument
@@ -349,7 +350,8 @@ def prepare_photos(options, device):
     else:
         val = data.load(folder, "val", options.skip_bad)
     if options.dry_run:
-        photos, val = (p.subset(torch.randperm(len(p))[: 2 * options.batch_size]) for p in (photos, val))
+        few, seeded = 2 * options.batch_size, torch.Generator().manual_seed(0)
+        photos, val = (p.subset(torch.randperm(len(p), generator=seeded)[:few]) for p in (photos, val))
     return photos.to(device), val.to(device)
 
 
@@ -514,7 +516,7 @@ def main():
         print(f"train.py: {error}", file=sys.stderr)
         sys.exit(2)
     except RuntimeError as error:  # torch has a type of its own for running out of memory on CUDA alone
-        if "memory" not in str(error):
+        if not any(text in str(error) for text in ("out of memory", "can't allocate memory", "not enough memory")):
             raise
         print(f"train.py: not enough memory ({str(error).splitlines()[0][:100]}): use a smaller --batch-size than "
               f"{options.batch_size}, or a smaller --crop or --size", file=sys.stderr)  # fmt: skip

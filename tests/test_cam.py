@@ -647,7 +647,7 @@ def test_explain_takes_every_photo_and_shows_it_upright(call, one, tmp_path, mon
     assert result.returncode == 0 and result.stderr == ""
     ((photos, titles, (row,), _),) = seen
     assert {tuple(photo.shape) for photo in photos} == {(height, width, 3)}
-    with Image.open(tmp_path / "here" / f"{kind.split('.')[0]}-explained.png") as picture:
+    with Image.open(tmp_path / "here" / f"{kind.split('.')[0]}-cnn.png") as picture:
         assert picture.size == compose(photos, titles, [row], 80).size
     for _, _, w, h, _ in places([(height, width)] * 3, titles, [row], 80):
         assert (w, h) == pytest.approx((80 * width / max(width, height), 80 * height / max(width, height)), abs=1)

@@ -784,7 +784,8 @@ def test_no_network(fetch, tmp_path):
 def test_without_a_source_the_public_archive_is_fetched_once(small, server, tmp_path, monkeypatch):
     archive = pack(tmp_path / "public.tgz", small).read_bytes()
     server.payload, server.url = archive, server.url.replace("photos", "imagenette2-160")
-    for name, value in (("URL", server.url), ("SIZE", len(archive)), ("MD5", hashlib.md5(archive).hexdigest())):
+    digest = hashlib.md5(archive).hexdigest()
+    for name, value in (("URL", server.url), ("ARCHIVE_BYTES", len(archive)), ("ARCHIVE_MD5", digest)):
         monkeypatch.setattr(data, name, value)
     folder = data.prepare(root=tmp_path / "root")
     assert folder == tmp_path / "root" / "imagenette2-160" and contents(folder) == contents(small)

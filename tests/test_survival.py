@@ -391,7 +391,7 @@ def test_a_damaged_photo_is_explained_or_refused(call, whole, tmp_path):
         path.write_bytes(raw)
         result = call(cam, "explain", path, "--model", whole / "cnn" / "best.pt", "--tile", 32)
         assert result.returncode == 0 or refused(result, path)
-        assert (tmp_path / "figures" / f"{number}-explained.png").exists() == (result.returncode == 0)
+        assert (tmp_path / "figures" / f"{number}-cnn.png").exists() == (result.returncode == 0)
         statuses.append(result.returncode)
     assert set(statuses) == {0, 2} and parts(tmp_path) == []
 
@@ -514,7 +514,9 @@ def test_a_disk_full_of_a_download_keeps_what_fits(fetch, server, tmp_path):
 
 # ---------------------------------------------------------------- two processes side by side
 
-PREPARE = "import sys, data; data.URL, data.SIZE, data.MD5 = sys.argv[1], int(sys.argv[2]), sys.argv[3]; data.prepare()"
+PREPARE = """import sys, data
+data.URL, data.ARCHIVE_BYTES, data.ARCHIVE_MD5 = sys.argv[1], int(sys.argv[2]), sys.argv[3]
+data.prepare()"""
 
 
 def test_of_two_processes_one_downloads_and_the_other_waits(start, server, fresh, tmp_path):
