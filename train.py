@@ -38,8 +38,6 @@ RECIPES = {
     "head": dict(epochs=5, crop=0, size=192, batch_size=64, lr=0.003, weight_decay=0.0, smoothing=0.0),
     "unfreeze": dict(epochs=5, crop=160, size=160, batch_size=64, lr=0.002, weight_decay=5e-4, smoothing=0.1),
 }
-
-
 SETTINGS = {"arch", "weights", "epochs", "crop", "plain_crop", "size", "batch_size", "lr", "weight_decay", "smoothing",
             "holdout", "seed"}  # a run may be continued only by one in which all of these are the same
 
@@ -153,6 +151,7 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self):
+        """One step of every parameter along its gradient."""
         for group in self.param_groups:
             rate = group["lr"] * group["scale"]
             for p in group["params"]:
@@ -244,13 +243,13 @@ def draw_curves(rows, path, width=900, height=380):
             pen.line((left, y, right, y), (225, 225, 225))
             label = f"{tick / 4:.0%}" if quantity == "accuracy" else f"{top_value * tick / 4:.2f}"
             pen.text((left - 8, y), label, "black", font, anchor="rm")
-        for number, (split, colour) in enumerate(colours.items()):
+        for place, (split, colour) in enumerate(colours.items()):
             values = [float(r[f"{split}_{quantity}"]) for r in rows]
             xs = [left + (right - left) * (i + 1) / len(values) for i in range(len(values))]
             line = [(x, bottom - (bottom - top) * min(v / top_value, 1)) for x, v in zip(xs, values, strict=True)]
             pen.line(line, colour, 2, joint="curve")
             pen.ellipse((line[-1][0] - 3, line[-1][1] - 3, line[-1][0] + 3, line[-1][1] + 3), colour)
-            pen.text((right - 110 + 60 * number, 16), split, colour, font)
+            pen.text((right - 110 + 60 * place, 16), split, colour, font)
         pen.text((right, bottom + 8), f"epoch {rows[-1]['epoch']}", "black", font, anchor="ra")
         pen.text((left, bottom + 8), "0", "black", font)
     with models.atomic(path) as file:
@@ -258,6 +257,7 @@ def draw_curves(rows, path, width=900, height=380):
 
 
 def write_text(path, text):
+    """Write `text` so that it appears whole or not at all."""
     with models.atomic(path) as file:
         file.write(text.encode())
 
@@ -299,6 +299,7 @@ def number(kind, low, high=math.inf):
 
 
 def parse_arguments(arguments=None):
+    """The options of a run, those that were not given filled in from its recipe."""
     parser = argparse.ArgumentParser(description="Train the CNN from scratch, or fine-tune an ImageNet network.",
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)  # fmt: skip
 
@@ -382,6 +383,12 @@ def make_batches(options, network, photos, val, precision):
     return network.head, feature_batches, lambda: [(val_features, val.labels)]
 
 
+def report(folder, rows):
+    """Write the log, a row per epoch, and its curves."""
+    write_text(folder / "log.csv", as_csv(rows))
+    draw_curves(rows, folder / "curves.png")
+
+
 def save_epoch(folder, options, settings, network, optimizer, scaler, rows):
     """Write what an epoch leaves behind, each file whole or not at all; best.pt only where this one is the best."""
     accuracy = [row["val_accuracy"] for row in rows]
@@ -392,8 +399,7 @@ def save_epoch(folder, options, settings, network, optimizer, scaler, rows):
                     accuracy=accuracy[-1])  # fmt: skip
     models.write(folder / "last.pt", dict(settings=settings, rows=rows, network=network.state_dict(),
                                           optimizer=optimizer.state_dict(), scaler=scaler.state_dict()))
-    write_text(folder / "log.csv", as_csv(rows))
-    draw_curves(rows, folder / "curves.png")
+    report(folder, rows)
     row, left = rows[-1], (options.epochs - len(rows)) * rows[-1]["seconds"]
     print(f"epoch {len(rows):3d}/{options.epochs}  loss {row['train_loss']:.3f}  train {row['train_accuracy']:6.2%}  "
           f"val {accuracy[-1]:6.2%}{' *' if is_best else '  '}  {row['images_per_second']:6,} images/s  "
@@ -484,15 +490,12 @@ def train(options):
         rows = run_epochs(folder, options, settings, network, batches, state, precision)
     if RANK == 0:
         best = max(rows, key=lambda row: row["val_accuracy"])
-        result = dict(best_accuracy=best["val_accuracy"], best_epoch=best["epoch"],
-                      last_accuracy=rows[-1]["val_accuracy"],
-                      seconds=round(sum(row["seconds"] for row in rows), 1))  # fmt: skip
-        files = {"log.csv": lambda path: write_text(path, as_csv(rows)),
-                 "curves.png": lambda path: draw_curves(rows, path),
-                 "result.json": lambda path: write_text(path, json.dumps(result, indent=1))}  # fmt: skip
-        for name, write in files.items():  # of a finished run, what is missing: it may have been killed after last.pt
-            if not (finished and (folder / name).exists()):
-                write(folder / name)
+        ends = [folder / name for name in ("log.csv", "curves.png", "result.json")]  # in the order of writing
+        if not finished or not all(path.exists() for path in ends):  # a run may be killed after its last last.pt
+            report(folder, rows)
+            write_text(ends[-1], json.dumps(dict(
+                best_accuracy=best["val_accuracy"], best_epoch=best["epoch"], last_accuracy=rows[-1]["val_accuracy"],
+                seconds=round(sum(row["seconds"] for row in rows), 1)), indent=1))  # fmt: skip
         print(f"{folder}: best {best['val_accuracy']:.2%} (epoch {best['epoch']}), last {rows[-1]['val_accuracy']:.2%}"
               + ("; all epochs are done, nothing to do" if finished else ""))
     if WORLD > 1:

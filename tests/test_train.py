@@ -596,6 +596,16 @@ def test_what_is_missing_of_a_finished_run_is_written(trained, demo, tmp_path, n
     assert (tmp_path / "cnn" / name).read_bytes() == (trained / name).read_bytes()
 
 
+def test_a_log_that_misses_the_last_epoch_is_completed(trained, demo, tmp_path):
+    """last.pt of the last epoch was written, log.csv is still of the one before."""
+    shutil.copytree(trained, tmp_path / "cnn")
+    log = tmp_path / "cnn" / "log.csv"
+    log.write_bytes(b"".join(log.read_bytes().splitlines(keepends=True)[:-1]))
+    (tmp_path / "cnn" / "result.json").unlink()
+    training(demo, tmp_path)
+    assert log.read_bytes() == (trained / "log.csv").read_bytes()
+
+
 OTHER = [(["--lr", 0.017], "lr"), (["--seed", 5], "seed"), (["--epochs", 13], "epochs"),
          (["--plain-crop"], "plain_crop"), (["--size", 24], "size"), (["--batch-size", 15], "batch_size"),
          (["--holdout", 0.5], "holdout")]  # fmt: skip
