@@ -15,9 +15,7 @@ commands want data.py and models.py beside it.
 """
 
 import argparse
-import contextlib
 import math
-import os
 import sys
 from pathlib import Path
 from typing import NamedTuple
@@ -229,16 +227,11 @@ def compose(photos, titles, rows, tile=224):
 
 def save_png(image, path):
     """Write a PIL image so that it appears whole or not at all."""
+    import data
+
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    part = f"{path}.{os.getpid()}.part"
-    try:
-        image.save(part, "PNG", optimize=True)
-        os.replace(part, path)
-    except OSError as error:
-        raise OSError(error.errno, error.strerror, str(path)) from error
-    finally:
-        with contextlib.suppress(FileNotFoundError):
-            os.remove(part)
+    with data.atomic(path) as file:
+        image.save(file, "PNG", optimize=True)
 
 
 @torch.no_grad()
@@ -270,6 +263,7 @@ def load_models(paths):
 
 
 def describe(facts):
+    """A checkpoint in a line: what it is, how it was trained, how often it is right."""
     how = "only its last layer trained" if facts["settings"].get("frozen") else "every layer trained"
     return f"{facts['arch']}, {how}: {facts['accuracy']:.1%} of val right"
 
@@ -375,6 +369,7 @@ def gallery(options):
 
 
 def at_least(least):
+    """An argparse type: a whole number, `least` or more."""
     def whole_number(text):
         if int(text) < least:
             raise argparse.ArgumentTypeError(f"{text} is less than {least}")

@@ -309,8 +309,8 @@ COLUMNS = ("its own map", "random weights", "ones", "centred square")  # the las
 BATCH = 20  # photos at once: small enough for a processor's cache
 
 
-def untrained(network, facts):
-    """The same network with random weights, those of its last layer too: what a map owes to the architecture."""
+def untrained(facts):
+    """The network of `facts` with random weights, those of its last layer too: what a map owes to the architecture."""
     import models
 
     torch.manual_seed(0)
@@ -443,7 +443,7 @@ def score(options):
     networks = {}
     for path, (network, facts) in zip(options.models, cam.load_models(options.models), strict=True):
         name = facts["arch"] if facts["arch"] not in networks else path
-        other = cam.MapsAndLogits(models.fold_norms(untrained(network, facts)))
+        other = cam.MapsAndLogits(models.fold_norms(untrained(facts)))
         explained = cam.MapsAndLogits(models.fold_norms(network))
         networks[name] = faithfulness(explained, other, facts, photos["val"], options.deletion)
         if all(map(len, boxed.values())):

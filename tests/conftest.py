@@ -1,8 +1,10 @@
 """What the tests share: a small demo data set, drawn once, and a way to run the commands as a user would."""
 
+import contextlib
 import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import demo as drawing
@@ -42,3 +44,27 @@ def refused(result, *words):
     for word in words:
         assert str(word) in lines[0], lines[0]
     return True
+
+
+@contextlib.contextmanager
+def serving(server):
+    """`server` of the standard library, answering from a thread of its own as long as the block runs."""
+    with server:
+        threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
+        yield server
+        server.shutdown()
+
+
+def import_alone(module):
+    """Code that imports `module` from the working directory and fails where that asks the network, sets a seed or
+    starts a device; `project` then holds the names of the project's other modules that came along."""
+    return f"""
+import json, os, socket, sys, torch
+def refuse(*_, **__):
+    raise AssertionError("network at import")
+socket.socket.connect, state, sys.path[:0] = refuse, torch.get_rng_state(), [os.getcwd()]
+import {module}
+assert torch.equal(torch.get_rng_state(), state), "a seed at import"
+assert not torch.cuda.is_initialized(), "a device at import"
+project = ({{"data", "models", "train", "cam", "score", "demo", "conftest"}} - {{"{module}"}}) & set(sys.modules)
+"""

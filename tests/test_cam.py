@@ -770,8 +770,7 @@ def test_full_disk_leaves_the_picture_of_before(tmp_path, monkeypatch):
     before = path.read_bytes()
 
     def full(image, file, *rest, **options):
-        with open(file, "wb") as part:
-            part.write(b"half")
+        file.write(b"half")
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(Image.Image, "save", full)

@@ -12,7 +12,6 @@ import socket
 import subprocess
 import sys
 import tarfile
-import threading
 from collections import Counter
 from pathlib import Path
 
@@ -20,7 +19,7 @@ import numpy as np
 import pytest
 import torch
 import torchvision
-from conftest import REPO, refused
+from conftest import REPO, import_alone, refused, serving
 from PIL import Image
 
 import data
@@ -674,10 +673,8 @@ class Answer(http.server.BaseHTTPRequestHandler):
 @pytest.fixture
 def server(monkeypatch):
     monkeypatch.setenv("no_proxy", "*")
-    with Server() as server:
-        threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
+    with serving(Server()) as server:
         yield server
-        server.shutdown()
 
 
 @pytest.fixture
@@ -855,15 +852,7 @@ def test_atomic_is_all_or_nothing(tmp_path, monkeypatch):
         assert not isinstance(failure, OSError) or error.value.filename == str(path)  # which file, the disk never says
 
 
-ALONE = """
-import json, os, socket, sys, torch
-def refuse(*_, **__):
-    raise AssertionError("network at import")
-socket.socket.connect, state, sys.path[:0] = refuse, torch.get_rng_state(), [os.getcwd()]
-import data
-assert torch.equal(torch.get_rng_state(), state), "a seed at import"
-assert not torch.cuda.is_initialized(), "a device at import"
-project = {"models", "train", "cam", "score", "demo", "conftest"} & set(sys.modules)
+ALONE = import_alone("data") + """
 [(images, labels)] = data.eval_batches(data.from_arrays([torch.zeros(4, 6, 3, dtype=torch.uint8)]), 8, 1)
 print(json.dumps([data.__file__, sorted(project), os.listdir(), list(images.shape)]))
 """

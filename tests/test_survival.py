@@ -23,7 +23,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import REPO, refused
+from conftest import REPO, refused, serving
 from PIL import EpsImagePlugin, Image
 from torch import nn
 
@@ -434,11 +434,9 @@ class Reply(socketserver.StreamRequestHandler):
 @pytest.fixture
 def server(monkeypatch):
     monkeypatch.setenv("no_proxy", "*")
-    with Server() as server:
-        threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
+    with serving(Server()) as server:
         yield server
         server.released.set()
-        server.shutdown()
 
 
 @pytest.fixture
