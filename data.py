@@ -409,35 +409,37 @@ def filter_weights(start, length, size, n, limit):
     start, length: (B,) the piece of the line that is resampled, in pixels; limit: (B,) where the photo ends.
     The triangle filter of Pillow's BILINEAR, widened when shrinking so that no pixel is skipped.
     """
-    scale = (length / size)[:, None, None]
-    centre = start[:, None, None] + (torch.arange(size, device=start.device)[:, None] + 0.5) * scale
-    x = torch.arange(n, device=start.device)
-    weights = (1 - (x + 0.5 - centre).abs() / scale.clamp(min=1)).clamp(min=0) * (x < limit[:, None, None])
-    return weights / weights.sum(2, keepdim=True)
+    scale = (length / size)[:, None]
+    centre = start[:, None] + (torch.arange(size, device=start.device) + 0.5) * scale  # (B, size)
+    x = torch.arange(n, device=start.device) + 0.5
+    distance = (x - centre[:, :, None]).div_(scale.clamp(min=1)[:, :, None]).abs_()  # (B, size, n)
+    weights = (1 - distance).clamp_(min=0).mul_(x < limit[:, None, None])
+    return weights.div_(weights.sum(2, keepdim=True))
 
 
-def resample(photos, index, boxes, size, flip=None):
-    """Cut `boxes` out of the photos `index`, resize them to size x size and normalise: (B, 3, size, size).
+def resample(photos, index, boxes, size, flip=None, dtype=torch.float32):
+    """Cut `boxes` out of the photos `index`, resize them to size x size and normalise: (B, 3, size, size) `dtype`.
 
     boxes: (B, 4) float, y, x, height, width in pixels; flip: (B,) bool, mirror or not. Resizing is linear
-    along each axis, so a whole batch is two matrix products: rows, then columns.
+    along each axis, so a whole batch is two matrix products: rows, then columns. In bfloat16, which holds every grey
+    level exactly, they are faster, and the pixels that come out are off by a quarter of a grey level on average.
     """
     start, height, width = photos.start[index], photos.height[index], photos.width[index]
     h, w = int(height.max()), int(width.max())
     # Photos smaller than the batch's largest are padded by whatever follows in memory: its weight is zero.
     rows = torch.arange(h, device=start.device)[:, None] * width[:, None, None]
     cols = torch.arange(w, device=start.device)
-    flat = (start[:, None, None] + rows + cols).clamp(max=len(photos.pixels) - 1)
-    images = photos.pixels[flat].float()  # (B, h, w, 3)
+    flat = (start[:, None, None] + rows + cols).clamp_(max=len(photos.pixels) - 1)
+    images = photos.pixels.index_select(0, flat.flatten()).view(len(index), h, 3 * w).to(dtype)
     y, x, box_height, box_width = boxes.T
-    along_y = filter_weights(y, box_height, size, h, height)  # (B, size, h)
-    along_x = filter_weights(x, box_width, size, w, width)  # (B, size, w)
+    along_y = filter_weights(y, box_height, size, h, height).to(dtype)  # (B, size, h)
+    along_x = filter_weights(x, box_width, size, w, width).to(dtype)  # (B, size, w)
     if flip is not None:
         along_x = torch.where(flip[:, None, None], along_x.flip(1), along_x)
-    images = torch.bmm(along_y, images.flatten(2)).view(-1, size, w, 3)
+    images = torch.bmm(along_y, images).view(-1, size, w, 3)
     images = torch.einsum("nyxc,nzx->nyzc", images, along_x).contiguous()
     mean, std = (torch.tensor(v, device=start.device) * 255 for v in (MEAN, STD))
-    return ((images - mean) / std).permute(0, 3, 1, 2)  # channels-last in memory
+    return ((images - mean) / std).to(dtype).permute(0, 3, 1, 2)  # channels-last in memory
 
 
 def random_boxes(photos, index, generator, area=(0.25, 1.0), ratio=4 / 3):
@@ -476,10 +478,11 @@ def shuffled(count, batch_size, generator):
     return batches
 
 
-def train_batches(photos, size, batch_size, generator, area=(0.25, 1.0), plain=False, part=(0, 1)):
+def train_batches(photos, size, batch_size, generator, area=(0.25, 1.0), plain=False, part=(0, 1),
+                  dtype=torch.float32):  # fmt: skip
     """One epoch: every photo once, shuffled, randomly cropped and mirrored; yields (images, labels).
 
-    images: (B, 3, size, size) float32, normalised; labels: (B,) int64, both where `photos` is. plain: a
+    images: (B, 3, size, size) `dtype`, normalised; labels: (B,) int64, both where `photos` is. plain: a
     size x size piece of the photo as it is, instead of a random resized crop. The generator (on the CPU)
     decides everything. part (i, n): only the i-th of n parts of every batch, for n processes side by side.
     """
@@ -490,7 +493,7 @@ def train_batches(photos, size, batch_size, generator, area=(0.25, 1.0), plain=F
             boxes = random_boxes(photos, index, generator, area)
         flip = torch.rand(len(index), generator=generator) < 0.5
         index, boxes, flip = (t[part[0] :: part[1]].to(photos.labels.device) for t in (index, boxes, flip))
-        yield resample(photos, index, boxes, size, flip), photos.labels[index]
+        yield resample(photos, index, boxes, size, flip, dtype), photos.labels[index]
 
 
 def eval_batches(photos, size, batch_size):

@@ -60,6 +60,11 @@ class Precision(NamedTuple):
     def name(self):
         return str(self.dtype or torch.float32).removeprefix("torch.")
 
+    @property
+    def products(self):
+        """The type of matrix products outside the network; float16 would lose small numbers."""
+        return torch.bfloat16 if self.dtype == torch.bfloat16 else torch.float32
+
 
 def choose_device(name):
     """The torch.device called `name`; "auto" takes the best there is. Raises TrainError."""
@@ -117,17 +122,19 @@ def one_cycle(step, steps, warmup=0.2):
     return (step + 1) / (rise + 1) if step < rise else (steps - step) / (steps - rise)
 
 
-def orthogonalise(matrix):
+def orthogonalise(matrix, dtype=torch.float32):
     """Roughly the orthogonal matrix nearest to `matrix` (m, n): its singular vectors, all singular values near 1.
 
-    Five Newton-Schulz steps of a quintic that drives singular values in 0..1 towards 1, matrix products only.
+    Five Newton-Schulz steps of a quintic that drives singular values in 0..1 towards 1: matrix products only, which
+    bfloat16 is exact enough for.
     """
     x = matrix.T if matrix.shape[0] > matrix.shape[1] else matrix
-    x = x / (x.norm() + 1e-7)
+    x = (x / (x.norm() + 1e-7)).to(dtype)
     for _ in range(5):
         a = x @ x.T
-        x = 3.4445 * x + (-4.7750 * a + 2.0315 * a @ a) @ x
-    return x.T if matrix.shape[0] > matrix.shape[1] else x
+        b = torch.addmm(a, a, a, beta=-4.7750, alpha=2.0315)  # -4.7750 a + 2.0315 a a
+        x = torch.addmm(x, b, x, beta=3.4445)  # 3.4445 x + b x
+    return (x.T if matrix.shape[0] > matrix.shape[1] else x).to(matrix.dtype)
 
 
 class Muon(torch.optim.Optimizer):
@@ -138,7 +145,8 @@ class Muon(torch.optim.Optimizer):
     weight decay, which would only distort them.
     """
 
-    def __init__(self, network, lr, weight_decay, momentum=0.9):
+    def __init__(self, network, lr, weight_decay, momentum=0.9, dtype=torch.float32):
+        self.dtype = dtype  # what the orthogonalisation computes in
         banks, plain, vectors = [], [], []
         for p in network.parameters():
             kind = vectors if p.ndim < 2 else banks if p.ndim == 4 and p.shape[1] > 3 else plain
@@ -162,7 +170,7 @@ class Muon(torch.optim.Optimizer):
                 update = p.grad + group["momentum"] * velocity
                 if group["orthogonal"]:
                     rows, columns = len(p), p[0].numel()
-                    update = orthogonalise(update.reshape(rows, columns)).reshape(p.shape)
+                    update = orthogonalise(update.reshape(rows, columns), self.dtype).reshape(p.shape)
                     update *= max(1, rows / columns) ** 0.5
                 p.mul_(1 - rate * group["weight_decay"]).sub_(update, alpha=rate)
 
@@ -366,7 +374,7 @@ def make_batches(options, network, photos, val, precision):
     if options.kind != "head":
         def train_batches(generator):
             return data.train_batches(photos, options.crop, options.batch_size, generator, plain=options.plain_crop,
-                                      part=part)  # fmt: skip
+                                      part=part, dtype=precision.products)  # fmt: skip
 
         return network, train_batches, lambda: data.eval_batches(val, options.size, 128)
 
@@ -410,7 +418,7 @@ def run_epochs(folder, options, settings, network, batches, state, precision):
     """Train from where `state` (of last.pt, or None) stands to the last epoch. Returns the rows of the log."""
     module, train_batches, val_batches = batches
     device = next(module.parameters()).device
-    optimizer = Muon(module, options.lr, options.weight_decay)
+    optimizer = Muon(module, options.lr, options.weight_decay, dtype=precision.products)
     scaler = torch.amp.GradScaler(device.type, enabled=precision.scale)
     rows = []
     if state:
