@@ -22,7 +22,7 @@ TRAIN   := $(SOURCE) --runs $(RUNS) $(if $(EPOCHS),--epochs $(EPOCHS)) $(if $(DE
 TUNE    := $(if $(WEIGHTS),--weights $(WEIGHTS)) $(if $(SIZE),--size $(SIZE))
 NETWORKS := $(RUNS)/$(ARCH)/best.pt $(RUNS)/cnn/best.pt
 
-.PHONY: help demo data train-cnn finetune figure score test test-long lint clean
+.PHONY: help demo data train-cnn finetune figure score test test-long bench lint clean
 .DELETE_ON_ERROR:
 
 help:  ## this list
@@ -67,6 +67,9 @@ test: $(DEV)  ## the tests, offline, a few minutes
 test-long: $(DEV)  ## longer proofs, some minutes more
 	$(PYTHON) -m pytest -m long
 
+bench: data .peers  ## speed and memory against the usual way, side by side, about ten minutes
+	$(PYTHON) tests/bench.py $(SOURCE) $(if $(DEVICE),--device $(DEVICE)) --peers .peers
+
 lint: $(DEV)  ## ruff
 	$(PYTHON) -m ruff check .
 
@@ -81,3 +84,9 @@ clean:  ## remove results (runs, figures), not the data
 .venv/.tests: requirements-dev.txt .venv/.runs
 	.venv/bin/python -m pip install --quiet -r requirements-dev.txt
 	@touch $@
+
+# What the benchmark alone needs. Without its dependencies first: torch is here already, in the version that is measured.
+.peers: $(ENV)
+	$(PYTHON) -m pip install --quiet --target .peers.part --no-deps torchcam grad-cam ttach
+	$(PYTHON) -m pip install --quiet --target .peers.part --upgrade opencv-python-headless matplotlib scikit-learn tqdm
+	mv .peers.part .peers

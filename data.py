@@ -442,7 +442,7 @@ def resample(photos, index, boxes, size, flip=None, dtype=torch.float32):
     return ((images - mean) / std).to(dtype).permute(0, 3, 1, 2)  # channels-last in memory
 
 
-def random_boxes(photos, index, generator, area=(0.25, 1.0), ratio=4 / 3):
+def random_boxes(photos, index, generator, area=(0.35, 1.0), ratio=4 / 3):
     """Random resized crops (Szegedy et al. 2015): boxes (B, 4) of a share `area` of each photo, width : height
     between 1/ratio and ratio, anywhere in it; a box that would be wider or higher than the photo is cut to fit."""
     index = index.to(photos.height.device)
@@ -478,7 +478,7 @@ def shuffled(count, batch_size, generator):
     return batches
 
 
-def train_batches(photos, size, batch_size, generator, area=(0.25, 1.0), plain=False, part=(0, 1),
+def train_batches(photos, size, batch_size, generator, area=(0.35, 1.0), plain=False, part=(0, 1),
                   dtype=torch.float32):  # fmt: skip
     """One epoch: every photo once, shuffled, randomly cropped and mirrored; yields (images, labels).
 

@@ -20,6 +20,7 @@ from collections import OrderedDict
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torchvision import models as torchvision_models
@@ -88,6 +89,23 @@ def cnn(classes=10):
         ConvNorm(128, 256),
     )
     return CAMNet(features, nn.Linear(256, classes))
+
+
+@torch.no_grad()
+def whiten(network, images, eps=1e-3):
+    """Make the first layer of a `cnn` the principal components of `images` (N, 3, H, W), and freeze it.
+
+    The patches that its filters see vary mostly in brightness. Their principal components, each divided by its
+    standard deviation, are uncorrelated and vary alike, so that the layers above learn from all of them at once (Coates
+    & Ng 2012; Jordan 2024). Half of the filters are the negatives of the other half, for ReLU drops one side.
+    """
+    conv = network.features[0][0]
+    patches = F.unfold(images.float().cpu(), conv.kernel_size, stride=conv.stride)  # (N, P, places)
+    patches = patches.transpose(0, 1).flatten(1)  # (P, N * places)
+    variances, components = torch.linalg.eigh(torch.cov(patches))  # ascending; a column each
+    filters = (components / (variances + eps).sqrt()).T.flip(0)[: conv.out_channels // 2]
+    conv.weight.copy_(torch.cat([filters, -filters]).view_as(conv.weight))
+    conv.weight.requires_grad_(False)
 
 
 # ---------------------------------------------------------------- torchvision's networks

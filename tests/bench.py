@@ -266,10 +266,10 @@ def job(options, name, **arguments):
 
 
 def against(ours, theirs):
-    """Two lists of seconds as 'ours', 'theirs' and their ratio, with its spread."""
+    """Two lists of seconds, measured in turns, as three cells: ours, theirs, and their ratio with its spread."""
     ratios = sorted(b / a for a, b in zip(ours, theirs, strict=True))
-    mean = [sum(x) / len(x) for x in (ours, theirs)]
-    return (f"{mean[0]:,.1f} s", f"{mean[1]:,.1f} s", f"{mean[1] / mean[0]:.1f} x ({ratios[0]:.1f} to {ratios[-1]:.1f})")
+    a, b = (sum(x) / len(x) for x in (ours, theirs))
+    return f"{a:,.1f} s", f"{b:,.1f} s", f"{b / a:.1f} x ({ratios[0]:.1f} to {ratios[-1]:.1f})"
 
 
 def row(*cells):
@@ -310,7 +310,8 @@ def main():
     ratio = against([1 / s for s in speeds[0]], [1 / s for s in speeds[1]])[2]
     row("an epoch of the CNN, 64 px", *(f"{sum(s) / len(s):,.0f} images/s" for s in speeds), ratio)
     waited = [r["waited"] for r in ours]
-    row("share of it spent on making batches", f"{sum(waited) / len(waited):.1%}", "", f"{min(waited):.1%} to {max(waited):.1%}")
+    row("share of it spent on making batches", f"{sum(waited) / len(waited):.1%}", "",
+        f"{min(waited):.1%} to {max(waited):.1%}")
     if device.type == "cuda":
         plain = [job(options, "epoch", plain=True) for _ in range(REPEATS)]
         row("the same, AMP and channels-last against neither", *against([r["seconds"] for r in ours],

@@ -14,6 +14,7 @@ from collections import OrderedDict
 
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import REPO, import_alone
 from torch import nn
 from torchvision import models as torchvision_models
@@ -180,6 +181,18 @@ def test_a_cell_of_the_map_lies_where_its_pixels_are():
     assert centre == pytest.approx([8 * 15 + 3.5, 8 * 14 + 3.5], abs=1e-6)
 
 
+def test_whitened_filters_answer_uncorrelated_with_equal_variance_and_are_frozen():
+    images = F.avg_pool2d(torch.randn(16, 3, 69, 69, generator=torch.Generator().manual_seed(0)), 6, 1)  # smooth
+    network = models.cnn()
+    models.whiten(network, images, eps=1e-6)
+    conv = network.features[0][0]
+    answers = F.conv2d(images, conv.weight, stride=2).transpose(0, 1).flatten(1)  # (C, N * places)
+    half = len(answers) // 2
+    assert torch.equal(conv.weight[half:], -conv.weight[:half])
+    assert torch.allclose(torch.cov(answers[:half]), torch.eye(half), atol=1e-2)
+    assert [name for name, p in network.named_parameters() if not p.requires_grad] == ["features.0.0.weight"]
+
+
 def test_the_cnn_takes_any_number_of_classes_and_no_weights():
     assert models.build("cnn", 7).head.out_features == 7
     assert refused(["from scratch", "WEIGHTS="], models.build, "cnn", 10, "imagenet")
@@ -193,9 +206,9 @@ def test_a_network_taken_apart_answers_as_torchvisions(network):
     _, network, apart = network
     x = noise(3, 3, 101, 140, seed=5)
     with torch.no_grad():
-        logits = network(x)
-        assert close(apart(x) - apart(x[:1]), logits - logits[:1], 1e-4)  # and in how images differ, bias or no bias
-        assert close(apart(x), logits, 1e-4) and logits.std(0).min() > 1e-5 * logits.std()
+        logits, ours = network(x), apart(x)
+        assert close(ours - ours[:1], logits - logits[:1], 1e-4)  # and in how images differ, bias or no bias
+        assert close(ours, logits, 1e-4) and logits.std(0).min() > 1e-5 * logits.std()
 
 
 def test_torchvisions_weights_load_and_are_used(network, tmp_path):

@@ -139,12 +139,12 @@ def wait_for_an_epoch(process):
 # ---------------------------------------------------------------- schedule, parameters, loop
 
 
-@pytest.mark.parametrize("steps", [5, 10, 100, 2960])
+@pytest.mark.parametrize("steps", [20, 100, 2960])
 def test_schedule_rises_to_its_peak_once_and_falls(steps):
     rates = [train.one_cycle(step, steps) for step in range(steps)]
     peak = rates.index(max(rates))
     assert rates[peak] == 1 and rates.count(1) == 1
-    assert 0.1 * steps <= peak <= 0.4 * steps
+    assert 0.02 * steps <= peak <= 0.2 * steps
     assert 0 < rates[0] < 1 / peak if peak > 1 else rates[0] < 1
     assert 0 < rates[-1] <= 2 / steps
     for side in (rates[: peak + 1], rates[peak:]):  # straight lines
@@ -176,16 +176,13 @@ def optimizer_of(kind, demo, runs, monkeypatch):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_every_parameter_is_trained_once_norms_and_biases_without_decay(kind, demo, tmp_path, monkeypatch):
-    monkeypatch.setitem(train.RECIPES, "head", train.RECIPES["head"] | {"weight_decay": 1e-3})
+def test_every_parameter_is_trained_once_and_filter_banks_alone_decay(kind, demo, tmp_path, monkeypatch):
     module, optimizer = optimizer_of(kind, demo, tmp_path, monkeypatch)
     trained = [p for group in optimizer.param_groups for p in group["params"]]
     assert sorted(map(id, trained)) == sorted(id(p) for p in module.parameters() if p.requires_grad)
     decay = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
-    for part in module.modules():
-        for name, p in part.named_parameters(recurse=False):
-            spared = name == "bias" or isinstance(part, nn.modules.batchnorm._BatchNorm)
-            assert (decay[id(p)] == 0) == spared
+    for p in trained:
+        assert (decay[id(p)] > 0) == (p.ndim == 4 and p.shape[1] > 3)
     assert isinstance(module, nn.Linear) == (kind == "head")
 
 
@@ -358,8 +355,8 @@ def test_training_on_stored_features_equals_training_through_the_network(demo, t
     images, used = torch.stack([images, images.flip(3)]), []
     optimizer = torch.optim.SGD(reference.head.parameters(), momentum=0.9)
     for (x, batch_labels), rate, loss in zip(batches, rates, losses, strict=True):
-        distance, which = torch.cdist(x, both.flatten(0, 1)).min(1)
-        assert distance.max() < 1e-2 and torch.equal(labels.repeat(2)[which], batch_labels)
+        distance, which = torch.cdist(x, both.flatten(0, 1), compute_mode="donot_use_mm_for_euclid_dist").min(1)
+        assert distance.max() < 1e-3 and torch.equal(labels.repeat(2)[which], batch_labels)
         used.append(which)
         optimizer.param_groups[0]["lr"] = rate
         logits = reference.eval()(images.flatten(0, 1)[which])
@@ -456,6 +453,7 @@ def test_seed_and_epoch_decide_the_order_of_the_photos(demo, tmp_path, monkeypat
     monkeypatch.setattr(data, "train_batches", train_batches)
     for seed in (0, 1):
         training(demo, tmp_path, "--seed", seed, "--name", seed, epochs=2)
+    orders = [order for i, order in enumerate(orders) if i % 3]  # the first of a run is for the whitening
     assert len(orders) == 4 and all(sorted(order) == sorted(orders[0]) for order in orders)
     assert all(a != b for i, a in enumerate(orders) for b in orders[:i])
 
@@ -640,9 +638,9 @@ def nan_from(epoch, step, monkeypatch):
     batches, epochs = data.train_batches, []
 
     def train_batches(*things, **options):
-        epochs.append(1)
+        epochs.append(len(epochs))  # 0 is the whitening
         for i, (images, labels) in enumerate(batches(*things, **options), 1):
-            yield (images * float("nan") if (len(epochs), i) >= (epoch, step) else images), labels
+            yield (images * float("nan") if (epochs[-1], i) >= (epoch, step) else images), labels
 
     monkeypatch.setattr(data, "train_batches", train_batches)
 
