@@ -86,7 +86,8 @@ clean:  ## remove results (runs, figures), not the data
 	@touch $@
 
 # What the benchmark alone needs. Without its dependencies first: torch is here already, in the version that is measured.
-.peers: $(ENV)
-	$(PYTHON) -m pip install --quiet --target .peers.part --no-deps torchcam grad-cam ttach
+.peers: | $(ENV)
+	rm -rf .peers.part
+	$(PYTHON) -m pip install --quiet --target .peers.part --no-deps torchcam==0.5.0 grad-cam==1.5.7 ttach==0.0.3
 	$(PYTHON) -m pip install --quiet --target .peers.part --upgrade opencv-python-headless matplotlib scikit-learn tqdm
 	mv .peers.part .peers

@@ -35,11 +35,14 @@ PLAIN_LR = 5.0  # the learning rate of what Muon leaves to SGD, in units of Muon
 # What is trained decides the recipe. crop: px, of the random crops; size: px, of evaluation and of stored features.
 RECIPES = {
     "scratch": dict(epochs=100, crop=64, size=96, batch_size=32, lr=0.02, weight_decay=0.05, smoothing=0.1),
-    "head": dict(epochs=5, crop=0, size=192, batch_size=64, lr=0.003, weight_decay=0.0, smoothing=0.0),
+    "head": dict(epochs=5, crop=0, size=224, batch_size=64, lr=0.003, weight_decay=0.0, smoothing=0.0),
     "unfreeze": dict(epochs=5, crop=160, size=160, batch_size=64, lr=0.002, weight_decay=5e-4, smoothing=0.1),
 }
 SETTINGS = {"arch", "weights", "epochs", "crop", "plain_crop", "size", "batch_size", "lr", "weight_decay", "smoothing",
             "holdout", "seed"}  # a run may be continued only by one in which all of these are the same
+
+
+RECIPE = 2  # counts the changes to what the settings do not say: optimiser, schedule, crops
 
 
 class TrainError(Exception):
@@ -123,10 +126,10 @@ def one_cycle(step, steps, warmup=0.05):
 
 
 def orthogonalise(matrix, dtype=torch.float32):
-    """Roughly the orthogonal matrix nearest to `matrix` (m, n): its singular vectors, all singular values near 1.
+    """Roughly the orthogonal matrix nearest to `matrix` (m, n): its singular vectors, large singular values near 1.
 
-    Three Newton-Schulz steps of a quintic that drives singular values in 0..1 towards 1 (five are closer to it and
-    train no better): matrix products only, which bfloat16 is exact enough for.
+    Three Newton-Schulz steps of a quintic that drives singular values in 0..1 towards 1; those below a fiftieth of the
+    norm are only raised, which trains as well. Matrix products alone, which bfloat16 is exact enough for.
     """
     x = matrix.T if matrix.shape[0] > matrix.shape[1] else matrix
     x = (x / (x.norm() + 1e-7)).to(dtype)
@@ -140,9 +143,10 @@ def orthogonalise(matrix, dtype=torch.float32):
 class Muon(torch.optim.Optimizer):
     """SGD with Nesterov momentum that orthogonalises the step of every filter bank (Jordan et al. 2024).
 
-    A gradient is dominated by few directions; orthogonalised, a step moves all of them alike. Vectors, the first
-    layer and the last one take plain SGD steps, at `PLAIN_LR` times the learning rate. Weight decay is for the filter
-    banks alone: their norm does not matter, as normalisation follows, but sets how far a step turns them.
+    A gradient is dominated by few directions; orthogonalised, a step moves all of them alike. What is no bank of
+    filters over many channels (vectors, linear layers, filters of the photo or of one channel) takes plain SGD steps,
+    at `PLAIN_LR` times the learning rate. Weight decay is for the banks alone: where normalisation follows, their
+    norm does not matter, but sets how far a step turns them.
     """
 
     def __init__(self, network, lr, weight_decay, momentum=0.9, dtype=torch.float32):
@@ -469,13 +473,13 @@ def train(options):
         raise TrainError(f"{WORLD} processes are more than a batch or val has photos: use a larger --batch-size than "
                          f"{options.batch_size}, or fewer processes")
     settings = {k: v for k, v in vars(options).items() if k in SETTINGS} | {
-        "frozen": options.kind == "head", "photos": [len(photos), len(val)]}  # fmt: skip
+        "frozen": options.kind == "head", "photos": [len(photos), len(val)], "recipe": RECIPE}  # fmt: skip
     state = None if options.dry_run else resume(folder / "last.pt", settings)
     rows = state["rows"] if state else []
 
     torch.manual_seed(options.seed)
     network = models.build(options.arch, len(data.CLASSES), options.weights)
-    if options.kind == "scratch":
+    if options.kind == "scratch" and len(rows) < options.epochs:
         seeded = torch.Generator().manual_seed(options.seed)
         crops, _ = next(data.train_batches(photos, options.crop, 256, seeded, plain=options.plain_crop))
         models.whiten(network, crops)

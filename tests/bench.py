@@ -2,12 +2,14 @@
 
     python tests/bench.py --data data/imagenette2-160 --peers .peers
 
-Every number comes from a process of its own, so that no job profits from another's warm memory; this project and the
-alternative take turns, REPEATS times, and a ratio is given with its smallest and largest value. Prints Markdown.
+Every number comes from a process of its own, so that no job profits from another's warm memory. In the first table this
+project and the alternative take turns, REPEATS times, and a ratio is given with its smallest and largest value; peak,
+memory and the second table are measured once. Prints Markdown.
 --peers names a folder with torchcam and grad-cam, which the benchmark alone uses (`make bench` fills it).
 """
 
 import argparse
+import importlib.util
 import json
 import os
 import platform
@@ -32,15 +34,15 @@ import models  # noqa: E402
 import train  # noqa: E402
 
 REPEATS = 3
-CROP, BATCH = train.RECIPES["scratch"]["crop"], train.RECIPES["scratch"]["batch_size"]
-SIZE = train.RECIPES["head"]["size"]
+RECIPE = train.RECIPES["scratch"]
+CROP, BATCH, SIZE = RECIPE["crop"], RECIPE["batch_size"], train.RECIPES["head"]["size"]
 CLASS = 8  # golf ball
 
 
 def wait(device):
     """Until the device has done all it was asked for."""
-    if device.type == "cuda":
-        torch.cuda.synchronize()
+    if device.type != "cpu":
+        getattr(torch, device.type).synchronize()
 
 
 def our_network(device, precision):
@@ -48,7 +50,7 @@ def our_network(device, precision):
     torch.manual_seed(0)
     network = models.cnn().to(device, memory_format=precision.memory_format)
     network.features[0][0].weight.requires_grad_(False)
-    return network, train.Muon(network, 0.02, 5e-4, dtype=precision.products)
+    return network, train.Muon(network, RECIPE["lr"], RECIPE["weight_decay"], dtype=precision.products)
 
 
 def timed(batches, device, waited):
@@ -68,30 +70,34 @@ def timed(batches, device, waited):
 
 
 def epoch(folder, device, precision, crop=CROP, share=1.0, batch_size=BATCH):
-    """An epoch of the CNN as train.py does it, after 10 steps that do not count."""
+    """An epoch of the CNN as train.py does it, after 10 steps that do not count; then 50 more steps, in which the
+    device is waited for, to tell what share of a step goes into making the batch."""
     train.keep_memory()
     photos = data.load(folder, "train")
     photos = photos.subset(torch.randperm(len(photos))[: round(share * len(photos))]).to(device)
     network, optimizer = our_network(device, precision)
     scaler = torch.amp.GradScaler(device.type, enabled=precision.scale)
 
-    def run(part, waited):
+    def run(part, waited=None):
+        started = time.time()
         batches = data.train_batches(part, crop, batch_size, torch.Generator().manual_seed(0),
                                      dtype=precision.products)  # fmt: skip
+        batches = batches if waited is None else timed(batches, device, waited)
         plan = [(0.002, len(index)) for index in data.shuffled(len(part), batch_size, None)]
-        train.train_epoch(network, timed(batches, device, waited), plan, optimizer, scaler, precision, 0.1)
+        train.train_epoch(network, batches, plan, optimizer, scaler, precision, RECIPE["smoothing"])
         wait(device)
+        return time.time() - started
 
-    run(photos.subset(torch.arange(min(10 * batch_size, len(photos)), device=device)), [])
-    waited, started = [], time.time()
-    run(photos, waited)
-    seconds = time.time() - started
-    return dict(images_per_second=len(photos) / seconds, waited=sum(waited) / seconds, seconds=seconds)
+    first = [photos.subset(torch.arange(min(steps * batch_size, len(photos)), device=device)) for steps in (10, 50)]
+    run(first[0])
+    seconds, waited = run(photos), []
+    share = run(first[1], waited)  # fills `waited`
+    return dict(images_per_second=len(photos) / seconds, seconds=seconds, waited=sum(waited) / share)
 
 
 def epoch_usual(folder, device, precision, steps=100):
     """The same network on ImageFolder, RandomResizedCrop, flip, a DataLoader with a worker per core; float32, SGD.
-    `steps` steps, after 5 that do not count, in which the workers start."""
+    Up to `steps` steps, after 5 that do not count, in which the workers start."""
     from torchvision import datasets, transforms
 
     transform = transforms.Compose([transforms.RandomResizedCrop(CROP), transforms.RandomHorizontalFlip(),
@@ -101,13 +107,14 @@ def epoch_usual(folder, device, precision, steps=100):
                                          pin_memory=device.type == "cuda")  # fmt: skip
     network = models.cnn().to(device)
     optimizer = torch.optim.SGD(network.parameters(), 0.01, momentum=0.9, nesterov=True, weight_decay=5e-4)
-    for step, (images, labels) in enumerate(loader):
+    steps = min(steps, len(loader) - 5)
+    batches = iter(loader)
+    for step in range(5 + steps):
         if step == 5:
             wait(device)
             started = time.time()
-        if step == 5 + steps:
-            break
-        loss = F.cross_entropy(network(images.to(device)), labels.to(device), label_smoothing=0.1)
+        images, labels = next(batches)
+        loss = F.cross_entropy(network(images.to(device)), labels.to(device), label_smoothing=RECIPE["smoothing"])
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -116,63 +123,54 @@ def epoch_usual(folder, device, precision, steps=100):
 
 
 def head(folder, device, precision):
-    """`train.py resnet18 --weights none`, the process from start to finish: 5 epochs, validation included."""
+    """`train.py resnet18 --weights none`, the process from start to finish: 5 epochs, validation included, on photos
+    that were decoded earlier."""
     with tempfile.TemporaryDirectory() as runs:
         started = time.time()
         subprocess.run([sys.executable, HERE / "train.py", "resnet18", "--weights", "none", "--data", folder, "--runs",
-                        runs, "--device", device.type], check=True, stdout=subprocess.DEVNULL,
-                       stderr=subprocess.DEVNULL)  # fmt: skip
+                        runs, "--device", device.type], check=True, stdout=subprocess.DEVNULL)  # fmt: skip
         return dict(seconds=time.time() - started)
 
 
-def head_usual(folder, device, precision, share=0.1):
-    """The straightforward loop: every photo decoded by torchvision, through the frozen network in float32, the last
-    layer trained on it; a tenth of an epoch's photos, times 50 for five epochs."""
+def head_usual(folder, device, precision, every=10):
+    """The straightforward loop: every photo decoded by torchvision in a worker per core, through the frozen network in
+    float32, the last layer trained on it: every tenth photo, the time, of the loop alone, times 50 for five epochs."""
     import torchvision
-    from torchvision import transforms
+    from torchvision import datasets, transforms
 
-    resize = transforms.Compose([transforms.Resize((SIZE, SIZE), antialias=True), transforms.ConvertImageDtype(
+    transform = transforms.Compose([transforms.Resize((SIZE, SIZE), antialias=True), transforms.ConvertImageDtype(
         torch.float32), transforms.Normalize(data.MEAN, data.STD)])  # fmt: skip
     network = torchvision.models.resnet18(num_classes=10).requires_grad_(False).eval().to(device)
     network.fc.requires_grad_(True)
     optimizer = torch.optim.SGD(network.fc.parameters(), 0.01, momentum=0.9)
-    paths = {split: paths[:: round(1 / share)] for split, paths in data.check(folder).items()}
     started = time.time()
     for split, training in (("train", True), ("val", False)):
-        for chunk in range(0, len(paths[split]), BATCH):
-            read = [torchvision.io.read_image(p, torchvision.io.ImageReadMode.RGB)
-                    for p in paths[split][chunk : chunk + BATCH]]  # fmt: skip
-            images = torch.stack([resize(image) for image in read]).to(device)
+        photos = datasets.ImageFolder(Path(folder) / split, transform, loader=lambda path: torchvision.io.read_image(
+            path, torchvision.io.ImageReadMode.RGB))  # fmt: skip
+        photos = torch.utils.data.Subset(photos, range(0, len(photos), every))
+        loader = torch.utils.data.DataLoader(photos, train.RECIPES["head"]["batch_size"], shuffle=training,
+                                             num_workers=os.cpu_count())  # fmt: skip
+        for images, labels in loader:
             with torch.set_grad_enabled(training):
-                logits = network(images.flip(3) if training and torch.rand(()) < 0.5 else images)
+                logits = network(images.to(device))
             if training:
-                F.cross_entropy(logits, torch.zeros(len(images), dtype=torch.long, device=device)).backward()
+                F.cross_entropy(logits, labels.to(device)).backward()
                 optimizer.step()
                 optimizer.zero_grad()
     wait(device)
-    return dict(seconds=(time.time() - started) / share * 5)
+    return dict(seconds=(time.time() - started) * every * 5)
 
 
-def maps(folder, device, precision, way="ours"):
+def maps(folder, device, precision, way="float32"):
     """Maps of one class for all photos of val, ResNet-18, forward pass included, reading photos not: every fourth
-    photo, times 4."""
-    if way.startswith("ours"):
-        train.keep_memory()
+    photo, times 4. way: "torchcam", "gradcam", or this project's, its features in the type that `way` names; this
+    project's norms are folded, its memory is kept (train.keep_memory), and its maps are upsampled, as gradcam's are."""
     photos = data.load(folder, "val")
     photos = photos.subset(torch.arange(0, len(photos), 4)).to(device)
     torch.manual_seed(0)
     network = models.build("resnet18").to(device).eval()
     nn.init.normal_(network.head.weight, std=0.01)
-    if way.startswith("ours"):
-        folded = models.fold_norms(network).to(memory_format=precision.memory_format)
-        dtype = precision.dtype if way == "ours" else None
-
-        @torch.no_grad()
-        def maps_of(images):
-            with torch.autocast(device.type, dtype, enabled=dtype is not None):
-                features = folded.features(images)
-            return cam.class_activation_maps(features.float(), network.head.weight)[:, CLASS]
-    elif way == "torchcam":
+    if way == "torchcam":
         from torchcam.methods import CAM
 
         extract = CAM(network, "features", "head")
@@ -181,7 +179,7 @@ def maps(folder, device, precision, way="ours"):
         def maps_of(images):
             network(images)
             return extract(CLASS)[0]
-    else:
+    elif way == "gradcam":
         from pytorch_grad_cam import GradCAM
         from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
 
@@ -189,10 +187,21 @@ def maps(folder, device, precision, way="ours"):
 
         def maps_of(images):
             return extract(images, [ClassifierOutputTarget(CLASS)] * len(images))
+    else:
+        train.keep_memory()
+        folded = models.fold_norms(network).to(memory_format=precision.memory_format)
+        dtype = getattr(torch, way)
 
-    maps_of(next(data.eval_batches(photos, SIZE, 16))[0])
-    seconds = 0.0
-    for images, _ in data.eval_batches(photos, SIZE, 16 if device.type == "cpu" else 256):
+        @torch.no_grad()
+        def maps_of(images):
+            with torch.autocast(device.type, dtype, enabled=dtype is not torch.float32):
+                features = folded.features(images)
+            maps = cam.class_activation_maps(features.float(), network.head.weight)
+            return cam.upsample(maps[:, CLASS], (SIZE, SIZE))
+
+    seconds, batch_size = 0.0, 16 if device.type == "cpu" else 256
+    maps_of(next(data.eval_batches(photos, SIZE, batch_size))[0])
+    for images, _ in data.eval_batches(photos, SIZE, batch_size):
         wait(device)
         started = time.time()
         maps_of(images)
@@ -201,28 +210,27 @@ def maps(folder, device, precision, way="ours"):
     return dict(seconds=4 * seconds)
 
 
-def first_batch(archive, device, precision):
-    """From the archive, unpacked and decoded earlier, to a batch of crops: a fresh Python, importing data.py alone."""
-    code = ("import data, sys, torch; photos = data.load(data.prepare(sys.argv[1]), 'train'); "
-            "next(data.train_batches(photos, 64, 64, torch.Generator().manual_seed(0)))")  # fmt: skip
-    environment = os.environ | {"PYTHONPATH": str(HERE)}
+def first_batch(source, device, precision):
+    """From an archive, or a folder, that was unpacked and decoded earlier to a batch of crops: a fresh Python that
+    imports data.py alone."""
+    code = (f"import data, sys, torch; photos = data.load(data.prepare(sys.argv[1]), 'train'); "
+            f"next(data.train_batches(photos, {CROP}, {BATCH}, torch.Generator().manual_seed(0)))")  # fmt: skip
     started = time.time()
-    subprocess.run([sys.executable, "-c", code, Path(archive).resolve()], check=True, env=environment,
-                   stderr=subprocess.DEVNULL)  # fmt: skip
+    subprocess.run([sys.executable, "-c", code, source], check=True, env=os.environ | {"PYTHONPATH": str(HERE)})
     return dict(seconds=time.time() - started)
 
 
-def peak(folder, device, precision):
-    """TFLOP/s of a large matrix product, of the CNN's training by its number of operations, in the same precision."""
-    dtype = precision.dtype or torch.float32
-    a = torch.randn(4096, 4096, device=device, dtype=dtype)
+def peak(folder, device, precision, side=4096):
+    """TFLOP/s of a large matrix product, and TFLOP of training on one photo, in the same precision. Counted are the
+    network's own operations, forward and backward; Muon's and the crops' come on top (about a tenth)."""
+    a = torch.randn(side, side, device=device, dtype=precision.dtype or torch.float32)
     best = 0.0
     for _ in range(10):
         wait(device)
         started = time.time()
         a @ a
         wait(device)
-        best = max(best, 2 * 4096**3 / (time.time() - started) / 1e12)
+        best = max(best, 2 * side**3 / (time.time() - started) / 1e12)
     network, _ = our_network(torch.device("cpu"), precision)
     with FlopCounterMode(display=False) as counter:
         F.cross_entropy(network(torch.randn(1, 3, CROP, CROP).expand(2, -1, -1, -1)), torch.zeros(2).long()).backward()
@@ -236,7 +244,7 @@ JOBS = {f.__name__: f for f in (epoch, epoch_usual, head, head_usual, maps, firs
 
 
 def anonymous(pid):
-    """Bytes of resident memory of a process that are no mapped file (Linux; 0 elsewhere)."""
+    """Bytes of resident memory of a process that are no mapped file; 0 where there is no /proc."""
     try:
         lines = Path(f"/proc/{pid}/status").read_text().splitlines()
         return next((1024 * int(line.split()[1]) for line in lines if line.startswith("RssAnon")), 0)
@@ -244,8 +252,9 @@ def anonymous(pid):
         return 0
 
 
-def run(command):
-    """The output of a command, and the largest resident memory it had, in bytes."""
+def run(*command):
+    """The output of a command, and the most resident memory, mapped files aside, that it was seen with (50 times a
+    second), in GiB."""
     process = subprocess.Popen([str(c) for c in command], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     most = [0]
 
@@ -259,15 +268,15 @@ def run(command):
     out, err = process.communicate()
     watcher.join()
     if process.returncode:
-        sys.exit(f"bench.py: {' '.join(map(str, command))} failed:\n{err}")
-    return out, most[0]
+        raise data.DataError(f"{' '.join(map(str, command))} failed: {err.strip()}")
+    return out, most[0] / 2**30
 
 
 def job(options, name, **arguments):
-    """Run one job in a process of its own: its dict."""
-    out, memory = run([sys.executable, __file__, "--data", options.data, "--device", options.device,
-                       *(["--peers", options.peers] if options.peers else []),
-                       "--job", json.dumps([name, arguments])])  # fmt: skip
+    """Run one job in a process of its own: its dict, with the memory it took."""
+    peers = ["--peers", options.peers] if options.peers else []
+    out, memory = run(sys.executable, __file__, "--data", options.data, "--device", options.device, *peers,
+                      "--job", json.dumps([name, arguments]))  # fmt: skip
     return json.loads(out.splitlines()[-1]) | dict(memory=memory)
 
 
@@ -282,81 +291,109 @@ def row(*cells):
     print("| " + " | ".join(cells) + " |", flush=True)
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", default="data/imagenette2-160", help="ImageNette folder or .tgz")
-    parser.add_argument("--device", default="auto", help="cpu, cuda or auto")
-    parser.add_argument("--peers", help="folder with torchcam and grad-cam; without it, they are left out")
-    parser.add_argument("--job", help=argparse.SUPPRESS)
-    options = parser.parse_args()
-    if options.peers:
-        sys.path.append(options.peers)  # last: its numpy and pillow, if any, do not replace ours
-    device = train.choose_device(options.device)
-    precision = train.choose_precision(device)
-    if options.job:
-        name, arguments = json.loads(options.job)
-        if name == "epoch" and arguments.pop("plain", False):
-            precision = train.Precision(None, False, torch.contiguous_format)
-        print(json.dumps(JOBS[name](options.data, device, precision, **arguments)))
-        return
+def in_turns(options, *jobs):
+    """Each of `jobs`, (name, arguments), REPEATS times, in turns: a list of dicts for each."""
+    return zip(*([job(options, name, **arguments) for name, arguments in jobs] for _ in range(REPEATS)), strict=True)
 
-    source, options.data = options.data, str(data.prepare(options.data))
-    for split in data.COUNTS:
-        data.load(options.data, split)
-    where = torch.cuda.get_device_name() if device.type == "cuda" else platform.processor() or platform.machine()
-    print(f"{device.type} ({where}), {os.cpu_count()} cores, {precision.name}, torch {torch.__version__}, "
-          f"{REPEATS} repeats\n")
+
+def speed(options, source, precision):
+    """The table of jobs here and the usual way."""
     row("job", "here", "the usual way", "ratio (spread)")
     row("---", "---", "---", "---")
-    ours, theirs = [], []
-    for _ in range(REPEATS):
-        ours.append(job(options, "epoch"))
-        theirs.append(job(options, "epoch_usual"))
-    speeds = [[r["images_per_second"] for r in results] for results in (ours, theirs)]
+    ours, usual = in_turns(options, ("epoch", {}), ("epoch_usual", {}))
+    speeds = [[result["images_per_second"] for result in results] for results in (ours, usual)]
+    mean = [sum(s) / len(s) for s in speeds]
     ratio = against([1 / s for s in speeds[0]], [1 / s for s in speeds[1]])[2]
-    row("an epoch of the CNN, 64 px", *(f"{sum(s) / len(s):,.0f} images/s" for s in speeds), ratio)
-    waited = [r["waited"] for r in ours]
-    row("share of it spent on making batches", f"{sum(waited) / len(waited):.1%}", "",
-        f"{min(waited):.1%} to {max(waited):.1%}")
-    if device.type == "cuda":
-        plain = [job(options, "epoch", plain=True) for _ in range(REPEATS)]
-        row("the same, AMP and channels-last against neither", *against([r["seconds"] for r in ours],
-                                                                         [r["seconds"] for r in plain]))  # fmt: skip
-    both = [(job(options, "head")["seconds"], job(options, "head_usual")["seconds"]) for _ in range(REPEATS)]
-    row("last layer of ResNet-18, 5 epochs, start to finish", *against(*zip(*both, strict=True)))
-    ways = ["ours", "ours float32"] + ["torchcam", "gradcam"] * bool(options.peers)
-    times = [{way: job(options, "maps", way=way)["seconds"] for way in ways} for _ in range(REPEATS)]
-    for here in ways[:2]:
-        for way in ways[2:]:
-            row(f"maps of a class, ResNet-18, all of val, {here.removeprefix('ours').strip() or precision.name}; "
-                f"against {way}", *against([t[here] for t in times], [t[way] for t in times]))  # fmt: skip
-    seconds = [job(argparse.Namespace(**vars(options) | dict(data=source)), "first_batch")["seconds"]
-               for _ in range(REPEATS)]
-    row("archive to first batch, second start", f"{sum(seconds) / len(seconds):.1f} s", "",
-        f"{min(seconds):.1f} to {max(seconds):.1f} s")
+    row(f"an epoch of the CNN, {CROP} px", *(f"{m:,.0f} images/s" for m in mean), ratio)
+    waited = sorted(result["waited"] for result in ours)
+    row("share of a step for making its batch", f"{sum(waited) / len(waited):.1%}", "",
+        f"{waited[0]:.1%} to {waited[-1]:.1%}")  # fmt: skip
+    if precision.dtype:
+        ours, plain = in_turns(options, ("epoch", dict(share=0.25)), ("epoch", dict(share=0.25, plain=True)))
+        row(f"a quarter of that epoch: {precision.name} and channels-last here, neither there",
+            *against([r["seconds"] for r in ours], [r["seconds"] for r in plain]))  # fmt: skip
+    ours, theirs = ([r["seconds"] for r in results] for results in in_turns(options, ("head", {}), ("head_usual", {})))
+    row(f"last layer of ResNet-18, {SIZE} px, 5 epochs, start to finish", *against(ours, theirs))
+    if options.peers:
+        types, peers = list(dict.fromkeys([precision.name, "float32"])), ["torchcam", "gradcam"]
+        seconds = dict(zip(types + peers, in_turns(options, *(("maps", dict(way=way)) for way in types + peers)),
+                           strict=True))  # fmt: skip
+        seconds = {way: [result["seconds"] for result in results] for way, results in seconds.items()}
+        for ours in types:
+            for theirs in peers:
+                row(f"maps of a class for all of val, ResNet-18, {SIZE} px, features in {ours}; {theirs} there",
+                    *against(seconds[ours], seconds[theirs]))  # fmt: skip
+    there = argparse.Namespace(**vars(options) | dict(data=source))
+    seconds = sorted(job(there, "first_batch")["seconds"] for _ in range(REPEATS))
+    row(f"{Path(source).name} to first batch, second start", f"{sum(seconds) / len(seconds):.1f} s", "",
+        f"{seconds[0]:.1f} to {seconds[-1]:.1f} s")  # fmt: skip
     limit = job(options, "peak")
-    reached = sum(speeds[0]) / len(speeds[0]) * limit["per_image"]
-    row("arithmetic of training", f"{reached:.2f} TFLOP/s", f"{limit['peak']:.2f} in a 4096 x 4096 product",
-        f"{reached / limit['peak']:.0%}")
-    gib = 2**30
-    row("memory of training, mapped pixels aside", f"{max(r['memory'] for r in ours) / gib:.2f} GiB", "", "")
-    row("memory of the usual training, its workers aside", "", f"{max(r['memory'] for r in theirs) / gib:.2f} GiB", "")
+    reached = mean[0] * limit["per_image"]
+    row("arithmetic of training", f"{reached:.2f} TFLOP/s", f"{limit['peak']:.2f} in a large matrix product",
+        f"{reached / limit['peak']:.0%}")  # fmt: skip
+    memory(options, usual)
+
+
+def memory(options, usual):
+    """Rows of resident memory, mapped files (photos, libraries) aside."""
+    if not anonymous(os.getpid()):
+        return
     with tempfile.TemporaryDirectory() as folder:
+        _, training = run(sys.executable, HERE / "train.py", "cnn", "--epochs", 1, "--data", options.data, "--runs",
+                          folder, "--device", options.device)  # fmt: skip
+        row("memory of training the CNN", f"{training:.2f} GiB",
+            f"{max(r['memory'] for r in usual):.2f} GiB, workers aside", "")  # fmt: skip
         for arch in ("cnn", "resnet18"):
             torch.manual_seed(0)
             models.save(f"{folder}/{arch}.pt", models.build(arch), arch=arch, classes=list(data.CLASSES.values()),
                         mean=data.MEAN, std=data.STD, size=SIZE, settings={}, epoch=0, accuracy=0.0)  # fmt: skip
-        _, memory = run([sys.executable, HERE / "cam.py", "figure", "--data", options.data, "--models",
-                         f"{folder}/resnet18.pt", f"{folder}/cnn.pt", "--out", f"{folder}/figure.png"])  # fmt: skip
-    row("memory of the figure", f"{memory / gib:.2f} GiB", "", "")
+        _, figure = run(sys.executable, HERE / "cam.py", "figure", "--data", options.data, "--models",
+                        f"{folder}/resnet18.pt", f"{folder}/cnn.pt", "--out", f"{folder}/figure.png")  # fmt: skip
+    row("memory of the figure", f"{figure:.2f} GiB", "", "")
 
-    print("\nHow an epoch of the CNN grows:\n")
+
+def growth(options):
+    """The table of how an epoch grows."""
+    print("\nSeconds of an epoch of the CNN:\n")
     row("", "1 x", "2 x", "4 x")
     row("---", "---", "---", "---")
     by_pixels = [job(options, "epoch", crop=crop, share=0.25)["seconds"] for crop in (64, 90, 128)]
     row("pixels: crops of 64, 90, 128 px, a quarter of the photos", *(f"{s:.1f} s" for s in by_pixels))
     by_photos = [job(options, "epoch", share=share)["seconds"] for share in (0.25, 0.5, 1.0)]
     row("photos: a quarter, half, all, 64 px", *(f"{s:.1f} s" for s in by_photos))
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", default="data/imagenette2-160", help="ImageNette folder or .tgz")
+    parser.add_argument("--device", default="auto", help="cpu, cuda, mps or auto")
+    parser.add_argument("--peers", help="folder with torchcam and grad-cam; without it, they are left out")
+    parser.add_argument("--job", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.peers:
+        sys.path.append(options.peers)  # last: its numpy and pillow, if any, do not replace ours
+    try:
+        device = train.choose_device(options.device)
+        precision = train.choose_precision(device)
+        if options.job:
+            name, arguments = json.loads(options.job)
+            if arguments.pop("plain", False):
+                precision = train.Precision(None, False, torch.contiguous_format)
+            print(json.dumps(JOBS[name](options.data, device, precision, **arguments)))
+            return
+        if options.peers and not all(map(importlib.util.find_spec, ("torchcam", "pytorch_grad_cam"))):
+            raise data.DataError(f"--peers {options.peers} holds no torchcam and grad-cam: `make bench` fills .peers")
+        source, options.data = options.data, str(data.prepare(options.data))
+        for split in data.COUNTS:
+            data.load(options.data, split)
+        where = torch.cuda.get_device_name() if device.type == "cuda" else platform.machine()
+        print(f"{device.type} ({where}), {os.cpu_count()} cores, {precision.name}, torch {torch.__version__}, "
+              f"{REPEATS} repeats\n")  # fmt: skip
+        speed(options, source, precision)
+        growth(options)
+    except (train.TrainError, data.DataError, OSError) as error:
+        print(f"bench.py: {error}", file=sys.stderr)
+        sys.exit(2)
 
 
 if __name__ == "__main__":
