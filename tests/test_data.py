@@ -211,6 +211,17 @@ def test_a_batch_is_its_photos_one_by_one():
         assert torch.allclose(alone[0], together[i], atol=1e-5)
 
 
+@pytest.mark.parametrize("size", [9, 32, 160])
+def test_in_bfloat16_a_batch_is_off_by_a_fraction_of_a_grey_level(size):
+    photos = data.from_arrays([noise(160, 160, seed) for seed in range(4)])
+    boxes = data.random_boxes(photos, torch.arange(4), torch.Generator().manual_seed(0))
+    exact = data.resample(photos, torch.arange(4), boxes, size)
+    coarse = data.resample(photos, torch.arange(4), boxes, size, dtype=torch.bfloat16)
+    assert coarse.dtype == torch.bfloat16 and coarse.is_contiguous(memory_format=torch.channels_last)
+    error = grey_levels(coarse.float()) - grey_levels(exact)
+    assert error.abs().mean() < 0.35 and error.mean().abs() < 0.1 and error.abs().max() < 4
+
+
 def test_mirroring_mirrors():
     photos = ragged()
     index, zero = torch.arange(len(photos)), torch.zeros(len(photos))

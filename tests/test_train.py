@@ -175,14 +175,31 @@ def optimizer_of(kind, demo, runs, monkeypatch):
     return caught.value.args
 
 
+@pytest.mark.parametrize("shape", [(12, 40), (40, 12), (16, 16)])
+@pytest.mark.parametrize(("dtype", "error"), [(torch.float32, 1e-5), (torch.bfloat16, 0.05)])
+def test_orthogonalised_keeps_directions_and_evens_out_strengths(shape, dtype, error):
+    u, _, v = torch.linalg.svd(torch.randn(shape, generator=torch.Generator().manual_seed(0)), full_matrices=False)
+    strengths = torch.linspace(10, 1, min(shape))
+    result = train.orthogonalise(u * strengths @ v, dtype)
+    assert result.dtype == torch.float32
+    inner = u.T @ result @ v.T  # diagonal: the same directions
+    assert (inner - inner.diag().diag()).abs().max() < error
+    assert inner.diag().min() > 0.6 and inner.diag().max() < 1.3
+
+
+def test_no_gradient_is_orthogonalised_to_no_step():
+    assert not train.orthogonalise(torch.zeros(4, 9)).any()
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_parameter_is_trained_once_and_filter_banks_alone_decay(kind, demo, tmp_path, monkeypatch):
     module, optimizer = optimizer_of(kind, demo, tmp_path, monkeypatch)
     trained = [p for group in optimizer.param_groups for p in group["params"]]
     assert sorted(map(id, trained)) == sorted(id(p) for p in module.parameters() if p.requires_grad)
     decay = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
-    for p in trained:
-        assert (decay[id(p)] > 0) == (p.ndim == 4 and p.shape[1] > 3)
+    first, *convolutions = [m for m in module.modules() if isinstance(m, nn.Conv2d)] or [None]
+    banks = {id(m.weight) for m in convolutions}
+    assert all((decay[id(p)] > 0) == (id(p) in banks) for p in trained)
     assert isinstance(module, nn.Linear) == (kind == "head")
 
 
@@ -255,6 +272,12 @@ def test_cpu_computes_in_bfloat16_only_where_it_has_it(monkeypatch, bf16, amx, d
 def test_cuda_scales_gradients_where_it_must_use_float16(monkeypatch, capability, expected):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *device: capability)
     assert train.choose_precision(torch.device("cuda")) == expected
+
+
+@pytest.mark.parametrize(("dtype", "products"), [
+    (None, torch.float32), (torch.float16, torch.float32), (torch.bfloat16, torch.bfloat16)])  # fmt: skip
+def test_float16_is_for_the_network_alone(dtype, products):
+    assert train.Precision(dtype, False, torch.channels_last).products == products
 
 
 def test_mps_computes_in_float32_on_contiguous_images():
