@@ -67,7 +67,7 @@ test: $(DEV)  ## the tests, offline, a few minutes
 test-long: $(DEV)  ## longer proofs, some minutes more
 	$(PYTHON) -m pytest -m long
 
-bench: data .peers  ## speed and memory against the usual way, side by side, about ten minutes
+bench: data .peers  ## speed and memory against the usual way, side by side, a quarter of an hour
 	$(PYTHON) tests/bench.py $(SOURCE) $(if $(DEVICE),--device $(DEVICE)) --peers .peers
 
 lint: $(DEV)  ## ruff

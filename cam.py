@@ -380,6 +380,7 @@ def at_least(least):
 
 
 def main(arguments=None):
+    """The command line: figure, explain, gallery."""
     parser = argparse.ArgumentParser(description="Where did the network look? Maps and pictures.")
     commands = parser.add_subparsers(dest="command", required=True)
 

@@ -55,6 +55,7 @@ CLASSES = {  # folder (WordNet id) -> name; the order is the label
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, RGB in 0..1
 SUFFIXES = {".jpeg", ".jpg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm"}
 FORMATS = ("JPEG", "PNG", "BMP", "GIF", "TIFF", "WEBP", "PPM")  # Pillow gives PostScript to Ghostscript, to be run
+CROP_AREA = (0.35, 1.0)  # least and largest share of a photo that a random resized crop shows
 MAX_FILES, MAX_BYTES = 20_000, 3 * 2**30  # no ImageNette archive, full size included, holds more
 MAX_PIXELS = 100_000_000  # of one photo
 STAMP = ".archive.json"  # in an unpacked folder: which archive it came from
@@ -442,7 +443,7 @@ def resample(photos, index, boxes, size, flip=None, dtype=torch.float32):
     return ((images - mean) / std).to(dtype).permute(0, 3, 1, 2)  # channels-last in memory
 
 
-def random_boxes(photos, index, generator, area=(0.35, 1.0), ratio=4 / 3):
+def random_boxes(photos, index, generator, area=CROP_AREA, ratio=4 / 3):
     """Random resized crops (Szegedy et al. 2015): boxes (B, 4) of a share `area` of each photo, width : height
     between 1/ratio and ratio, anywhere in it; a box that would be wider or higher than the photo is cut to fit."""
     index = index.to(photos.height.device)
@@ -478,7 +479,7 @@ def shuffled(count, batch_size, generator):
     return batches
 
 
-def train_batches(photos, size, batch_size, generator, area=(0.35, 1.0), plain=False, part=(0, 1),
+def train_batches(photos, size, batch_size, generator, area=CROP_AREA, plain=False, part=(0, 1),
                   dtype=torch.float32):  # fmt: skip
     """One epoch: every photo once, shuffled, randomly cropped and mirrored; yields (images, labels).
 
@@ -506,6 +507,7 @@ def eval_batches(photos, size, batch_size):
 
 
 def main():
+    """The command line: prepare ImageNette and decode it."""
     parser = argparse.ArgumentParser(description="ImageNette-160: get it, check it, decode it once.")
     parser.add_argument("source", nargs="?", help="a .tgz or a folder; without it, the public archive is downloaded")
     parser.add_argument("--root", default="data", help="where archives are unpacked (default: data)")

@@ -204,7 +204,8 @@ def fold_norms(network):
     """A copy for inference in which every BatchNorm is folded into the convolution before it: about 1.3 times as
     fast and equal up to rounding. An unfolded copy where folding would change what it computes."""
 
-    def fold(module):  # children stand in the order of their use
+    def fold(module):
+        """Fold in place, in `module` and all below it; children stand in the order of their use."""
         children = list(module.named_children())
         for (name, conv), (next_name, norm) in zip(children, children[1:], strict=False):
             if isinstance(conv, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d):

@@ -460,6 +460,7 @@ def score(options):
 
 
 def main():
+    """The command line: the scores of trained networks, as one table."""
     parser = argparse.ArgumentParser(description="Accuracy, faithfulness and localisation of trained networks.",
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)  # fmt: skip
     parser.add_argument("models", nargs="+", help="checkpoints (runs/*/best.pt)")

@@ -42,7 +42,7 @@ SETTINGS = {"arch", "weights", "epochs", "crop", "plain_crop", "size", "batch_si
             "holdout", "seed"}  # a run may be continued only by one in which all of these are the same
 
 
-RECIPE = 2  # counts the changes to what the settings do not say: optimiser, schedule, crops
+RECIPE_VERSION = 2  # counts the changes to what the settings do not say: optimiser, schedule, crops
 
 
 class TrainError(Exception):
@@ -366,6 +366,17 @@ def prepare_photos(options, device):
     return photos.to(device), val.to(device)
 
 
+def prepare_network(options, photos, finished):
+    """A new network; unless the run is finished, the first layer of the CNN is computed from `photos` and frozen."""
+    torch.manual_seed(options.seed)
+    network = models.build(options.arch, len(data.CLASSES), options.weights)
+    if options.kind == "scratch" and not finished:
+        seeded = torch.Generator().manual_seed(options.seed)
+        crops, _ = next(data.train_batches(photos, options.crop, 256, seeded, plain=options.plain_crop))
+        models.whiten(network, crops)
+    return network
+
+
 def make_batches(options, network, photos, val, precision):
     """What to train, and where an epoch of batches for it comes from: (module, train_batches, val_batches).
 
@@ -473,24 +484,18 @@ def train(options):
         raise TrainError(f"{WORLD} processes are more than a batch or val has photos: use a larger --batch-size than "
                          f"{options.batch_size}, or fewer processes")
     settings = {k: v for k, v in vars(options).items() if k in SETTINGS} | {
-        "frozen": options.kind == "head", "photos": [len(photos), len(val)], "recipe": RECIPE}  # fmt: skip
+        "frozen": options.kind == "head", "photos": [len(photos), len(val)], "recipe": RECIPE_VERSION}  # fmt: skip
     state = None if options.dry_run else resume(folder / "last.pt", settings)
     rows = state["rows"] if state else []
 
-    torch.manual_seed(options.seed)
-    network = models.build(options.arch, len(data.CLASSES), options.weights)
-    if options.kind == "scratch" and len(rows) < options.epochs:
-        seeded = torch.Generator().manual_seed(options.seed)
-        crops, _ = next(data.train_batches(photos, options.crop, 256, seeded, plain=options.plain_crop))
-        models.whiten(network, crops)
-    network = network.to(device, memory_format=precision.memory_format)
+    finished = len(rows) == options.epochs
+    network = prepare_network(options, photos, finished).to(device, memory_format=precision.memory_format)
     if state:
         network.load_state_dict(state["network"])
     if RANK == 0:
         print(f"{folder}: {options.arch}, {sum(p.numel() for p in network.parameters()) / 1e6:.1f} million parameters, "
               f"{device.type}, {precision.name}, {len(photos):,} photos to train on, {len(val):,} to validate on"
               + (f"; {len(rows)} of {options.epochs} epochs are done" if rows else ""), flush=True)
-    finished = len(rows) == options.epochs
     if not finished:
         if RANK == 0:
             folder.mkdir(parents=True, exist_ok=True)
@@ -517,6 +522,7 @@ def train(options):
 
 
 def main():
+    """The command line: a run, and a sentence for what a user can mend."""
     options = parse_arguments()
 
     def stop(*_):

@@ -34,8 +34,8 @@ import models  # noqa: E402
 import train  # noqa: E402
 
 REPEATS = 3
-RECIPE = train.RECIPES["scratch"]
-CROP, BATCH, SIZE = RECIPE["crop"], RECIPE["batch_size"], train.RECIPES["head"]["size"]
+SCRATCH = train.RECIPES["scratch"]
+CROP, BATCH, SIZE = SCRATCH["crop"], SCRATCH["batch_size"], train.RECIPES["head"]["size"]
 CLASS = 8  # golf ball
 
 
@@ -50,7 +50,7 @@ def our_network(device, precision):
     torch.manual_seed(0)
     network = models.cnn().to(device, memory_format=precision.memory_format)
     network.features[0][0].weight.requires_grad_(False)
-    return network, train.Muon(network, RECIPE["lr"], RECIPE["weight_decay"], dtype=precision.products)
+    return network, train.Muon(network, SCRATCH["lr"], SCRATCH["weight_decay"], dtype=precision.products)
 
 
 def timed(batches, device, waited):
@@ -69,9 +69,11 @@ def timed(batches, device, waited):
 # ---------------------------------------------------------------- the jobs: each prints one dict of numbers
 
 
-def epoch(folder, device, precision, crop=CROP, share=1.0, batch_size=BATCH):
+def epoch(folder, device, precision, crop=CROP, share=1.0, batch_size=BATCH, plain=False):
     """An epoch of the CNN as train.py does it, after 10 steps that do not count; then 50 more steps, in which the
-    device is waited for, to tell what share of a step goes into making the batch."""
+    device is waited for, to tell what share of a step goes into making the batch. plain: float32, not channels-last."""
+    if plain:
+        precision = train.Precision(None, False, torch.contiguous_format)
     train.keep_memory()
     photos = data.load(folder, "train")
     photos = photos.subset(torch.randperm(len(photos))[: round(share * len(photos))]).to(device)
@@ -84,7 +86,7 @@ def epoch(folder, device, precision, crop=CROP, share=1.0, batch_size=BATCH):
                                      dtype=precision.products)  # fmt: skip
         batches = batches if waited is None else timed(batches, device, waited)
         plan = [(0.002, len(index)) for index in data.shuffled(len(part), batch_size, None)]
-        train.train_epoch(network, batches, plan, optimizer, scaler, precision, RECIPE["smoothing"])
+        train.train_epoch(network, batches, plan, optimizer, scaler, precision, SCRATCH["smoothing"])
         wait(device)
         return time.time() - started
 
@@ -114,7 +116,7 @@ def epoch_usual(folder, device, precision, steps=100):
             wait(device)
             started = time.time()
         images, labels = next(batches)
-        loss = F.cross_entropy(network(images.to(device)), labels.to(device), label_smoothing=RECIPE["smoothing"])
+        loss = F.cross_entropy(network(images.to(device)), labels.to(device), label_smoothing=SCRATCH["smoothing"])
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -196,8 +198,8 @@ def maps(folder, device, precision, way="float32"):
         def maps_of(images):
             with torch.autocast(device.type, dtype, enabled=dtype is not torch.float32):
                 features = folded.features(images)
-            maps = cam.class_activation_maps(features.float(), network.head.weight)
-            return cam.upsample(maps[:, CLASS], (SIZE, SIZE))
+            every_class = cam.class_activation_maps(features.float(), network.head.weight)
+            return cam.upsample(every_class[:, CLASS], (SIZE, SIZE))
 
     seconds, batch_size = 0.0, 16 if device.type == "cpu" else 256
     maps_of(next(data.eval_batches(photos, SIZE, batch_size))[0])
@@ -210,10 +212,10 @@ def maps(folder, device, precision, way="float32"):
     return dict(seconds=4 * seconds)
 
 
-def first_batch(source, device, precision):
-    """From an archive, or a folder, that was unpacked and decoded earlier to a batch of crops: a fresh Python that
-    imports data.py alone."""
-    code = (f"import data, sys, torch; photos = data.load(data.prepare(sys.argv[1]), 'train'); "
+def first_batch(folder, device, precision, source):
+    """From `source`, an archive, or a folder, that was unpacked and decoded earlier to a batch of crops: a fresh Python
+    that imports data.py alone."""
+    code = ("import data, sys, torch; photos = data.load(data.prepare(sys.argv[1]), 'train'); "
             f"next(data.train_batches(photos, {CROP}, {BATCH}, torch.Generator().manual_seed(0)))")  # fmt: skip
     started = time.time()
     subprocess.run([sys.executable, "-c", code, source], check=True, env=os.environ | {"PYTHONPATH": str(HERE)})
@@ -321,10 +323,9 @@ def speed(options, source, precision):
         seconds = {way: [result["seconds"] for result in results] for way, results in seconds.items()}
         for ours in types:
             for theirs in peers:
-                row(f"maps of a class for all of val, ResNet-18, {SIZE} px, features in {ours}; {theirs} there",
+                row(f"maps of a class for all of val, ResNet-18, {SIZE} px, {ours}, against {theirs}",
                     *against(seconds[ours], seconds[theirs]))  # fmt: skip
-    there = argparse.Namespace(**vars(options) | dict(data=source))
-    seconds = sorted(job(there, "first_batch")["seconds"] for _ in range(REPEATS))
+    seconds = sorted(job(options, "first_batch", source=source)["seconds"] for _ in range(REPEATS))
     row(f"{Path(source).name} to first batch, second start", f"{sum(seconds) / len(seconds):.1f} s", "",
         f"{seconds[0]:.1f} to {seconds[-1]:.1f} s")  # fmt: skip
     limit = job(options, "peak")
@@ -364,6 +365,7 @@ def growth(options):
 
 
 def main():
+    """The command line: both tables, or, with --job, one job."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", default="data/imagenette2-160", help="ImageNette folder or .tgz")
     parser.add_argument("--device", default="auto", help="cpu, cuda, mps or auto")
@@ -377,8 +379,6 @@ def main():
         precision = train.choose_precision(device)
         if options.job:
             name, arguments = json.loads(options.job)
-            if arguments.pop("plain", False):
-                precision = train.Precision(None, False, torch.contiguous_format)
             print(json.dumps(JOBS[name](options.data, device, precision, **arguments)))
             return
         if options.peers and not all(map(importlib.util.find_spec, ("torchcam", "pytorch_grad_cam"))):
