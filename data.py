@@ -31,7 +31,7 @@ import urllib.error
 import urllib.request
 import zlib
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -85,13 +85,15 @@ def atomic(path):
 
 
 @contextlib.contextmanager
-def lock(path):
+def lock(path, wait=True):
     """Hold `path`.lock, so that of several processes one works and the others wait for its result."""
     with open(f"{path}.lock", "w") as file:
         if fcntl:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
+                if not wait:
+                    raise DataError(f"{path} is in use by another process: wait until it ends") from None
                 print(f"waiting for another process that is making {path}", file=sys.stderr)
                 fcntl.flock(file, fcntl.LOCK_EX)
             for left in Path(path).parent.glob(f"{glob.escape(Path(path).name)}.[0-9]*.part"):  # by one that was killed
@@ -293,6 +295,21 @@ class Photos:
     width: torch.Tensor  # (N,) int64
     labels: torch.Tensor  # (N,) int64
     names: list  # N paths relative to the split's folder: "n01440764/ILSVRC2012_val_00009111.JPEG"
+    classes: list = ()  # K shown names, in the order of the labels
+    digests: list = ()  # N hashes of the files' bytes
+    fingerprint: str = ""  # of names and digests
+
+    @property
+    def device(self):
+        """Where batches arrive."""
+        return self.pixels.device
+
+    def relabelled(self, classes):
+        """The photos with labels in the order of `classes`; DataError where these are other classes."""
+        if set(classes) != set(self.classes):
+            raise DataError(f"the photos are of {', '.join(self.classes)}; the network knows {', '.join(classes)}")
+        order = torch.tensor([list(classes).index(name) for name in self.classes])
+        return replace(self, labels=order[self.labels], classes=list(classes))
 
     def __len__(self):
         return len(self.labels)
@@ -304,13 +321,16 @@ class Photos:
 
     def subset(self, index):
         """The photos of `index` (N',) int64; the pixels are shared."""
-        return Photos(self.pixels, self.start[index], self.height[index], self.width[index], self.labels[index],
-                      [self.names[i] for i in index.tolist()])
+        chosen = index.tolist()
+        return replace(self, start=self.start[index], height=self.height[index], width=self.width[index],
+                       labels=self.labels[index], names=[self.names[i] for i in chosen],
+                       digests=[self.digests[i] for i in chosen] if self.digests else ())
 
     def to(self, device):
         """With all tensors on `device`: batches are then cut there, and nothing crosses over in an epoch."""
         tensors = (self.pixels, self.start, self.height, self.width, self.labels)
-        return Photos(*(t.to(device) for t in tensors), self.names)
+        pixels, start, height, width, labels = (t.to(device) for t in tensors)
+        return replace(self, pixels=pixels, start=start, height=height, width=width, labels=labels)
 
 
 def from_arrays(images, labels=None):
@@ -339,7 +359,7 @@ def load(folder, split, skip_bad=False):
     packed = cache / (f"{split}.pixels" if cache == folder else f"{folder.name}-{key[:12]}-{split}.pixels")
     with lock(packed):
         index = read_index(packed)
-        if not index or index["key"] != key or (index["bad"] and not skip_bad):
+        if not index or index["key"] != key:
             pack(folder / split, paths, packed, key, skip_bad)
             index = read_index(packed)
     if index["bad"]:
@@ -347,7 +367,8 @@ def load(folder, split, skip_bad=False):
     pixels = torch.from_numpy(np.memmap(packed, np.uint8, "c", shape=(index["pixels"], 3)))  # "c": never written back
     height, width = torch.tensor(index["sizes"]).T.contiguous()
     start = torch.cumsum(height * width, 0) - height * width
-    return Photos(pixels, start, height, width, torch.tensor(index["labels"]), index["names"])
+    return Photos(pixels, start, height, width, torch.tensor(index["labels"]), index["names"],
+                  list(CLASSES.values()), [], key)
 
 
 def pack(folder, paths, packed, key, skip_bad):

@@ -11,9 +11,11 @@ This file imports nothing of the project: copy it alone and it works.
 
 import contextlib
 import copy
+import ctypes
 import io
 import os
 import pickle
+import platform
 import re
 import urllib.error
 from collections import OrderedDict
@@ -40,6 +42,37 @@ class CAMNet(nn.Module):
 
     def forward(self, x):
         return self.head(self.features(x).mean((2, 3)))  # (N, K), logits
+
+
+class Looks(nn.Module):
+    """The features of an image, averaged over looks at several sizes; itself the `features` of a CAMNet.
+
+    sizes: px, ascending. (N, 3, H, W) -> (N, C, h, w): the image is resized to a square of each size, antialiased
+    (feed it at the largest), and the feature maps are upsampled to the largest of them before they are averaged.
+    """
+
+    def __init__(self, features, sizes):
+        super().__init__()
+        self.features = features
+        self.sizes = tuple(sizes)
+
+    def forward(self, x):
+        *coarser, finest = [self.features(resize(x, (size, size))) for size in self.sizes]
+        return sum([resize(maps, finest.shape[2:]) for maps in coarser], finest) / len(self.sizes)
+
+
+def resize(x, size):
+    """(N, C, H, W) at `size` (h, w), bilinear; antialiased where it shrinks. As it is where the size is its own."""
+    if x.shape[2:] == torch.Size(size):
+        return x
+    return F.interpolate(x, size, mode="bilinear", antialias=x.shape[2] > size[0] or x.shape[3] > size[1])
+
+
+def with_looks(network, sizes):
+    """A CAMNet of the same modules that looks at an image at all of `sizes` (px). One size needs no `Looks`: the
+    network itself, to be fed images of that size, or the network under the `Looks` that it has."""
+    features = network.features.features if isinstance(network.features, Looks) else network.features
+    return CAMNet(features if len(sizes) == 1 else Looks(features, sorted(sizes)), network.head)
 
 
 # ---------------------------------------------------------------- the CNN
@@ -224,6 +257,15 @@ def fold_norms(network):
     return folded if same else plain
 
 
+def keep_memory():
+    """Let glibc keep freed memory for the next tensor, instead of asking the kernel for every large one page by page;
+    passes of large images through a network are much faster on a CPU. Nothing where there is no glibc."""
+    if platform.libc_ver()[0] == "glibc":
+        libc, M_TRIM_THRESHOLD, M_MMAP_MAX = ctypes.CDLL(None), -1, -4
+        libc.mallopt(M_MMAP_MAX, 0)
+        libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+
+
 # ---------------------------------------------------------------- checkpoints
 
 
@@ -263,14 +305,26 @@ def read(path):
                          "name another") from error
 
 
+def looks_key(looks):
+    """How a checkpoint's `accuracies` name a list of sizes: "224 320"."""
+    return " ".join(map(str, looks))
+
+
 def save(path, network, **facts):
     """Write a checkpoint. facts: what is needed to rebuild and use the network, plain types only: arch, classes
-    (names in the order of the labels), mean, std, size (px, of evaluation), settings, epoch, accuracy."""
-    write(path, {"format": "camnet-1", **facts, "state": network.state_dict()})
+    (names in the order of the labels), mean, std, looks (sizes in px at which photos are looked at), accuracies
+    ({`looks_key`: share}), accuracy_on ("val" or "held-out train"), accuracy_n, how (it was trained), settings, epoch.
+    """
+    plain = with_looks(network, [0])  # the state of the plain network: it may be looked through in other ways
+    write(path, {"format": "camnet-1", **facts, "state": plain.state_dict()})
 
 
-def load(path, device="cpu"):
-    """A checkpoint of `save`: (network in evaluation mode on `device`, facts). Raises ModelError."""
+def load(path, device="cpu", looks=None):
+    """A checkpoint of `save`: (network in evaluation mode on `device`, facts). looks: sizes (px) in place of its own.
+
+    The network looks at images at all the sizes of facts["looks"]; feed it images of facts["size"], the largest of
+    them. facts["accuracy"] is that of exactly these looks, or None where it was not measured. Raises ModelError.
+    """
     facts = read(path)
     if not isinstance(facts, dict) or facts.get("format") != "camnet-1":
         raise ModelError(f"{path} is no checkpoint of this project: train.py writes them (runs/*/best.pt)")
@@ -281,4 +335,14 @@ def load(path, device="cpu"):
     except (AttributeError, KeyError, TypeError, RuntimeError) as error:
         raise ModelError(f"{path} says it is a {facts.get('arch')}, but its contents are not that network's: "
                          "train it again, or name another file") from error
+    if "looks" not in facts and "size" in facts:  # a checkpoint from before there were looks
+        frozen = facts.get("settings", {}).get("frozen")
+        facts |= dict(looks=[facts["size"]], accuracies={looks_key([facts["size"]]): facts.get("accuracy")},
+                      accuracy_on="held-out train" if facts.get("settings", {}).get("holdout") else "val",
+                      accuracy_n=None, how="only its last layer trained" if frozen else "trained")
+    if "looks" in facts:
+        facts["looks"] = sorted(looks or facts["looks"])
+        facts["size"] = facts["looks"][-1]
+        facts["accuracy"] = facts.get("accuracies", {}).get(looks_key(facts["looks"]))
+        network = with_looks(network, facts["looks"])
     return network.to(device).eval(), facts

@@ -472,9 +472,8 @@ def main():
     import cam
     import data
     import models
-    import train
 
-    train.keep_memory()
+    models.keep_memory()
     try:
         score(options)
     except (ScoreError, cam.CamError, data.DataError, models.ModelError, OSError) as error:

@@ -12,12 +12,10 @@ interruption goes on from the last epoch; after the last epoch it does nothing.
 
 import argparse
 import csv
-import ctypes
 import io
 import json
 import math
 import os
-import platform
 import signal
 import sys
 import time
@@ -93,15 +91,6 @@ def choose_precision(device):
         native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
         return Precision(torch.bfloat16 if native else None, False, torch.channels_last)
     return Precision(None, False, torch.contiguous_format)  # MPS: channels-last gave wrong gradients, pytorch#175189
-
-
-def keep_memory():
-    """glibc hands every large tensor back to the kernel and gets it anew, page by page; keeping it more than doubled
-    the speed of a pass through MobileNetV2 on two cores (43 to 108 images/s, batches of 32 at 224 px)."""
-    if platform.libc_ver()[0] == "glibc":
-        libc, M_TRIM_THRESHOLD, M_MMAP_MAX = ctypes.CDLL(None), -1, -4
-        libc.mallopt(M_MMAP_MAX, 0)
-        libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 # ---------------------------------------------------------------- several processes (torchrun)
@@ -416,8 +405,11 @@ def save_epoch(folder, options, settings, network, optimizer, scaler, rows):
     is_best = accuracy[-1] > max(accuracy[:-1], default=-1)
     if is_best:
         models.save(folder / "best.pt", network, arch=options.arch, classes=list(data.CLASSES.values()),
-                    mean=data.MEAN, std=data.STD, size=options.size, settings=settings, epoch=len(rows),
-                    accuracy=accuracy[-1])  # fmt: skip
+                    mean=data.MEAN, std=data.STD, looks=[options.size], settings=settings, epoch=len(rows),
+                    accuracies={models.looks_key([options.size]): accuracy[-1]}, accuracy_n=settings["photos"][1],
+                    accuracy_on="held-out train" if options.holdout else "val",
+                    how="only its last layer trained" if options.kind == "head" else "trained from scratch"
+                        if not options.weights else "every layer fine-tuned")
     models.write(folder / "last.pt", dict(settings=settings, rows=rows, network=network.state_dict(),
                                           optimizer=optimizer.state_dict(), scaler=scaler.state_dict()))
     report(folder, rows)
@@ -473,7 +465,7 @@ def run_epochs(folder, options, settings, network, batches, state, precision):
 
 def train(options):
     """The whole of a run, or what is left of it."""
-    keep_memory()
+    models.keep_memory()
     device = choose_device(options.device)
     precision = choose_precision(device)
     if WORLD > 1:

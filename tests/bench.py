@@ -74,7 +74,7 @@ def epoch(folder, device, precision, crop=CROP, share=1.0, batch_size=BATCH, pla
     device is waited for, to tell what share of a step goes into making the batch. plain: float32, not channels-last."""
     if plain:
         precision = train.Precision(None, False, torch.contiguous_format)
-    train.keep_memory()
+    models.keep_memory()
     photos = data.load(folder, "train")
     photos = photos.subset(torch.randperm(len(photos))[: round(share * len(photos))]).to(device)
     network, optimizer = our_network(device, precision)
@@ -166,7 +166,7 @@ def head_usual(folder, device, precision, every=10):
 def maps(folder, device, precision, way="float32"):
     """Maps of one class for all photos of val, ResNet-18, forward pass included, reading photos not: every fourth
     photo, times 4. way: "torchcam", "gradcam", or this project's, its features in the type that `way` names; this
-    project's norms are folded, its memory is kept (train.keep_memory), and its maps are upsampled, as gradcam's are."""
+    project's norms are folded, its memory is kept (`keep_memory`), and its maps are upsampled, as gradcam's are."""
     photos = data.load(folder, "val")
     photos = photos.subset(torch.arange(0, len(photos), 4)).to(device)
     torch.manual_seed(0)
@@ -190,7 +190,7 @@ def maps(folder, device, precision, way="float32"):
         def maps_of(images):
             return extract(images, [ClassifierOutputTarget(CLASS)] * len(images))
     else:
-        train.keep_memory()
+        models.keep_memory()
         folded = models.fold_norms(network).to(memory_format=precision.memory_format)
         dtype = getattr(torch, way)
 
