@@ -305,13 +305,14 @@ def write_text(path, text):
         file.write(text.encode())
 
 
-def as_csv(rows):
-    """A list of dicts of the same keys as the text of a CSV file."""
+def write_log(folder, rows):
+    """Write the log, a row per epoch, and its curves."""
     text = io.StringIO()
     writer = csv.DictWriter(text, rows[0])
     writer.writeheader()
     writer.writerows(rows)
-    return text.getvalue()
+    write_text(folder / "log.csv", text.getvalue())
+    draw_curves(rows, folder / "curves.png")
 
 
 def resume(folder, settings):
@@ -375,7 +376,7 @@ def parse_arguments(arguments=None):
         help="sides of the photos when maps are made, and for the features under a head; their feature maps are "
              "averaged (default: 2/3, 1 and 4/3 of --size for the cnn, 1 and 10/7 of it for other networks)")
     add_recipe("batch-size", number(int, 1), "photos in a step")
-    add_recipe("lr", number(float, 0, 1e6), "peak learning rate")
+    add_recipe("lr", number(float, 0, 1e37), "peak learning rate")
     add("--holdout", type=number(float, 0, 1), default=0.0, help="share of train to validate on, in place of val")
     add("--seed", type=number(int, 0, 2**40), default=0, help="decides initial weights, order and crops")
     add("--device", default="auto", help="cpu, cuda, mps or auto")
@@ -421,31 +422,35 @@ def prepare_photos(recipe, source, skip_bad, few, device):
     return photos.to(device), val.to(device)
 
 
-def prepare_network(recipe, photos, finished):
-    """A new network; unless the run is finished, the first layer of the CNN is computed from `photos` and frozen."""
+def prepare_network(recipe, count, classes):
+    """A new network for `count` photos of `classes` classes, what is frozen frozen. Raises TrainError, ModelError."""
     torch.manual_seed(recipe.seed)
-    network = models.build(recipe.arch, len(photos.classes), recipe.weights)
-    check_sizes(network, recipe, len(photos))
+    network = models.build(recipe.arch, classes, recipe.weights)
+    check_sizes(network, recipe, count)
     if recipe.training == "head":
         network = models.with_looks(network, recipe.looks)
         network.features.requires_grad_(False)
-    if recipe.training == "scratch" and not finished:
-        seeded = torch.Generator().manual_seed(recipe.seed)
-        crops, _ = next(data.train_batches(photos, recipe.crop, 256, seeded, plain=recipe.plain_crop))
-        models.whiten(network, crops)
     return network
+
+
+def whiten(network, recipe, photos):
+    """Compute the first layer of the CNN from crops of `photos`, and freeze it."""
+    seeded = torch.Generator().manual_seed(recipe.seed)
+    crops, _ = next(data.train_batches(photos, recipe.crop, 256, seeded, plain=recipe.plain_crop))
+    models.whiten(network, crops)
 
 
 @torch.no_grad()
 def check_sizes(network, recipe, count):
-    """Raise TrainError where `network` cannot take images of the recipe's sizes, or its smallest batch of `count`."""
+    """Raise TrainError where `network` cannot take images of the recipe's sizes, or the smallest batch of `count`
+    photos. Only small images can be too small: of 96 px at most are tried."""
     network = copy.deepcopy(network)  # a pass in training mode changes the statistics of batch normalisation
-    smallest = min(map(len, data.shuffled(count, recipe.batch_size, None)))
+    smallest = min(2, *map(len, data.shuffled(count, recipe.batch_size, None)))
     passes = [("--crop", recipe.crop, smallest, True)] if recipe.training != "head" else []
     passes += [("--size or --looks", side, 1, False) for side in {recipe.size, *recipe.looks}]
     for option, side, photos, training in passes:
         try:
-            network.train(training)(torch.zeros(photos, 3, side, side))
+            network.train(training)(torch.zeros(photos, 3, min(side, 96), min(side, 96)))
         except (RuntimeError, ValueError) as error:
             raise TrainError(f"{recipe.arch} cannot take {photos} x 3 x {side} x {side} px "
                              f"({str(error).splitlines()[0][:80]}): use a larger {option}, or --batch-size") from error
@@ -475,12 +480,6 @@ def make_batches(recipe, network, photos, val, precision):
             yield features[side, index], labels[index]
 
     return network.head, feature_batches, lambda: [(val_features[0], val_labels)]
-
-
-def write_log(folder, rows):
-    """Write the log, a row per epoch, and its curves."""
-    write_text(folder / "log.csv", as_csv(rows))
-    draw_curves(rows, folder / "curves.png")
 
 
 def save_epoch(folder, rows, network, facts, state):
@@ -597,10 +596,12 @@ def train(recipe, options):
     if min(len(val), *map(len, data.shuffled(len(photos), recipe.batch_size, None))) < WORLD:
         raise TrainError(f"{WORLD} processes are more than a batch or val has photos: use a larger --batch-size than "
                          f"{recipe.batch_size}, or fewer processes")
+    network = prepare_network(recipe, len(photos), len(photos.classes))
     folder = Path(options.runs) / options.name
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with contextlib.nullcontext() if RANK else data.lock(folder, wait=False):
-        rows, before = run(folder, recipe, photos, val, device, precision, options.dry_run)
+    if RANK == 0:
+        folder.mkdir(parents=True, exist_ok=True)
+    with contextlib.nullcontext() if RANK else data.lock(folder / "run", wait=False):
+        rows, before = run(folder, recipe, network, photos, val, device, precision, options.dry_run)
     if RANK == 0:
         best = max(rows, key=lambda row: row["val_accuracy"])
         print(f"{folder}: best {best['val_accuracy']:.2%} (epoch {best['epoch']}), last {rows[-1]['val_accuracy']:.2%}"
@@ -609,7 +610,7 @@ def train(recipe, options):
         torch.distributed.destroy_process_group()
 
 
-def run(folder, recipe, photos, val, device, precision, dry_run):
+def run(folder, recipe, network, photos, val, device, precision, dry_run):
     """Train `folder`'s run to its end. Returns the rows of its log, and how many epochs were done before."""
     looks = recipe.looks if recipe.training == "head" else [recipe.size]
     settings = dict(asdict(recipe), looks=list(recipe.looks), evaluated=models.looks_key(looks),
@@ -617,7 +618,9 @@ def run(folder, recipe, photos, val, device, precision, dry_run):
     state = None if dry_run else resume(folder, settings)
     before = len(state["rows"]) if state else 0
     finished = before == recipe.epochs
-    network = prepare_network(recipe, photos, finished).to(device, memory_format=precision.memory_format)
+    if recipe.training == "scratch" and not finished:
+        whiten(network, recipe, photos)
+    network = network.to(device, memory_format=precision.memory_format)
     if state:
         network.load_state_dict(state["network"])
     if RANK == 0:
@@ -628,7 +631,6 @@ def run(folder, recipe, photos, val, device, precision, dry_run):
         rows = state["rows"]
     else:
         if RANK == 0:
-            folder.mkdir(exist_ok=True)
             here = dict(device=device.type, precision=precision.name, torch=torch.__version__,
                         threads=torch.get_num_threads(), processes=WORLD)
             write_text(folder / "config.json", json.dumps(settings | here, indent=1))
