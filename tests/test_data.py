@@ -1,5 +1,6 @@
 """data.py against Pillow, against torchvision's ImageFolder, and against all that can be wrong with its input."""
 
+import contextlib
 import gzip
 import hashlib
 import http.server
@@ -14,7 +15,9 @@ import sys
 import tarfile
 import zipfile
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -22,6 +25,9 @@ import torch
 import torchvision
 from conftest import REPO, import_alone, refused, serving
 from PIL import Image, ImageFile
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import data
 
@@ -314,6 +320,108 @@ def test_batches_are_float32_and_channels_last(batches):
         assert images.is_contiguous(memory_format=torch.channels_last)
 
 
+def test_a_large_batch_is_resampled_in_pieces(monkeypatch):
+    photos, flip = ragged(), torch.tensor([True, False, True, False])
+    boxes = data.random_boxes(photos, torch.arange(4), torch.Generator().manual_seed(0))
+    whole = data.resample(photos, torch.arange(4), boxes, 24, flip)
+    padded, zeros = [], torch.zeros
+    monkeypatch.setattr(torch, "zeros", lambda *shape, **options: padded.append(shape) or zeros(*shape, **options))
+    monkeypatch.setattr(data, "MAX_BATCH", 2 * 80 * 64)
+    pieces = data.resample(photos, torch.arange(4), boxes, 24, flip)
+    assert torch.allclose(pieces, whole, atol=1e-5) and pieces.is_contiguous(memory_format=torch.channels_last)
+    assert len(padded) > 1 and all(b == 1 or b * h * w <= data.MAX_BATCH for b, h, w, _ in padded)
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="looks into /proc")
+def test_one_large_photo_among_small_ones_does_not_fill_the_memory():
+    """Padded to the largest, this batch has 0.8 billion pixels: 9 GB in float32."""
+    code = """if True:
+        import resource, torch, data
+        photos = data.from_arrays([torch.zeros(9, 9, 3, dtype=torch.uint8)] * 63
+                                  + [torch.zeros(3000, 4000, 3, dtype=torch.uint8)])
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        for batch in data.eval_batches(photos, 32, 64):
+            pass
+        print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 2**20)"""
+    result = subprocess.run([sys.executable, "-c", code], cwd=REPO, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert float(result.stdout) < 1  # GiB
+
+
+# ---------------------------------------------------------------- devices, of which none is here
+
+
+class FakeDevice(TorchDispatchMode):
+    """Tensors on "cuda" are fake: they have a shape and no numbers. What asks one for a number raises, as it would
+    wait for the device; so does a copy that waits, in either direction. All else happens as always."""
+
+    copies = 0  # to the device
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        leaves = tree_leaves((args, kwargs))
+        fake = any(isinstance(leaf, FakeTensor) for leaf in leaves)
+        target = next((leaf for leaf in leaves if isinstance(leaf, torch.device)), None)
+        if func is torch.ops.aten._to_copy.default and target is not None:
+            if target.type == "cuda" and not fake:
+                assert kwargs.get("non_blocking"), "a copy to the device that waits for it"
+                self.copies += 1
+            assert not (fake and target.type == "cpu"), "a copy from the device"
+        real = not fake and (target is None or target.type != "cuda")
+        with unset_fake_temporarily() if real else contextlib.nullcontext():
+            return func(*args, **kwargs)
+
+
+@pytest.fixture
+def fake_device(monkeypatch):
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor)  # there is no driver to pin for
+    with FakeTensorMode(allow_non_fake_inputs=True), FakeDevice() as device:
+        yield device
+
+
+def on_fake_cuda(photos, moved=True):
+    """Photos that fit on the fake device, or, moved=False, do not."""
+    pixels = torch.empty_like(photos.pixels, device="cuda") if moved else photos.pixels
+    return replace(photos, pixels=pixels, device=torch.device("cuda"))
+
+
+@pytest.mark.parametrize("moved", [True, False])
+@pytest.mark.parametrize("batches", [lambda p: data.train_batches(p, 16, 4, torch.Generator()),
+                                     lambda p: data.train_batches(p, 16, 4, torch.Generator(), plain=True,
+                                                                  dtype=torch.bfloat16),
+                                     lambda p: data.eval_batches(p, 16, 4)], ids=["train", "plain", "eval"])
+def test_making_a_batch_asks_the_device_for_nothing(fake_device, batches, moved):
+    photos = on_fake_cuda(ragged(), moved).subset(torch.arange(4))
+    for images, labels in batches(photos):
+        assert images.device.type == labels.device.type == "cuda" and images.shape == (4, 3, 16, 16)
+        assert images.is_contiguous(memory_format=torch.channels_last)
+    assert fake_device.copies >= 2  # it was watched: labels, and crops or their boxes
+    for sizes in (photos.start, photos.height, photos.width, photos.labels):
+        assert sizes.device.type == "cpu"
+
+
+def test_the_fake_device_notices_what_asks_it(fake_device):
+    there = torch.empty(3, device="cuda")
+    for ask in (int, lambda t: t.nonzero(), lambda t: t[t > 0], lambda t: t.cpu(), lambda t: t.max().item()):
+        with pytest.raises(Exception):  # noqa: B017
+            ask(there[0] if ask is int else there)
+    with pytest.raises(AssertionError, match="waits"):
+        torch.zeros(3).to("cuda")
+
+
+@pytest.mark.parametrize(("device", "free", "fits"), [("cuda", 1000, True), ("cuda", 899, False), ("mps", None, True),
+                                                      ("mps", "huge", False), ("cpu", 0, True)])
+def test_pixels_move_to_a_device_if_they_fit(monkeypatch, device, free, fits):
+    photos, moved = data.from_arrays([noise(10, 15)]), []  # 450 bytes
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, 10**9))
+    monkeypatch.setattr(torch.Tensor, "to", lambda tensor, device: moved.append(device) or tensor)
+    if free == "huge":
+        photos = replace(photos, pixels=torch.empty(1, 1, dtype=torch.uint8).expand(2**31, 2))
+    there = photos.to(device)
+    assert there.device == torch.device(device) and moved == [torch.device(device)] * fits or device == "cpu"
+    assert there.height is photos.height
+
+
 # ---------------------------------------------------------------- decoding once
 
 
@@ -531,6 +639,78 @@ def test_two_processes_at_once_make_one_file(small, tmp_path):
     if data.fcntl:
         assert "".join(errors).count("decoding") == 2  # each split once, not twice
     assert len(data.load(small, "train")) == 20
+
+
+def test_where_the_file_system_has_no_locks_nobody_waits(small, monkeypatch):
+    left = Path(f"{small}/train.pixels.{os.getpid()}1.part")  # perhaps of a process that is writing it
+    left.write_bytes(b"half of it")
+
+    def flock(file, how):
+        raise OSError(95, "Operation not supported")
+
+    monkeypatch.setattr(data, "fcntl", SimpleNamespace(flock=flock, LOCK_EX=2, LOCK_NB=4))
+    assert len(data.load(small, "train")) == 20 and left.exists()
+
+
+@pytest.fixture
+def busy(monkeypatch):
+    """Another process holds every lock, and Ctrl-C is pressed while this one waits."""
+
+    def flock(file, how):
+        raise BlockingIOError if how & 4 else KeyboardInterrupt
+
+    monkeypatch.setattr(data, "fcntl", SimpleNamespace(flock=flock, LOCK_EX=2, LOCK_NB=4))
+
+
+def test_ctrl_c_while_waiting_for_another_process(small, busy, monkeypatch, capsys):
+    status, lines = command(monkeypatch, capsys, small)
+    assert status == 130 and lines[-1].startswith("data.py: interrupted") and "waiting" in lines[-2]
+
+
+def test_who_does_not_wait_for_a_lock_is_told(tmp_path, busy):
+    with pytest.raises(data.DataError, match="run is in use by another process"):
+        with data.lock(tmp_path / "run", wait=False):
+            pass
+
+
+@pytest.mark.parametrize("other", ["made it", "made another"])
+def test_a_file_of_pixels_that_cannot_be_replaced(small, tmp_path, monkeypatch, other):
+    """Windows replaces no file that another process has mapped: what that one made is used if it is the same."""
+    data.load(small, "train")
+    change(small / "train" / TENCH / "0.png")
+    replace = os.replace
+
+    def refuse(source, target):
+        if other == "made it":
+            replace(source, target)
+        raise PermissionError(13, "Access is denied", source, 5, target)
+
+    monkeypatch.setattr(os, "replace", refuse)
+    if other == "made it":
+        assert data.load(small, "train")[0].shape == (30, 30, 3)
+    else:
+        with pytest.raises(data.DataError, match="train.pixels cannot be replaced .*end what uses it"):
+            data.load(small, "train")
+    assert not list(small.glob("*.part"))
+
+
+def test_a_name_that_the_terminal_has_no_letters_for(small, monkeypatch):
+    folder = small.rename(small.with_name("photos \N{CAMERA}"))
+    Image.fromarray(noise(9, 9)).save(folder / "train" / TENCH / "\N{FISH}.png")
+    written = [io.TextIOWrapper(io.BytesIO(), encoding="cp1252") for _ in range(2)]
+    for name, stream in zip(("stdout", "stderr"), written, strict=True):
+        monkeypatch.setattr(sys, name, stream)
+    monkeypatch.setattr(sys, "argv", ["data.py", str(folder)])
+    data.main()
+    assert all(b"photos \\U0001f4f7" in (stream.flush() or stream.buffer.getvalue()) for stream in written)
+
+
+def test_the_demo_is_decoded_to_the_same_bytes_as_ever(demo):
+    """Sorted by class and name, whatever else changes: pixels and labels are those of the first version."""
+    found = {split: hashlib.sha256(data.load(demo, split).pixels.numpy()).hexdigest()[:16] for split in data.COUNTS}
+    assert found == {"train": "29ed9825413a7435", "val": "419ec0dfaddb7c4f"}
+    for split, count in (("train", 6), ("val", 2)):
+        assert data.load(demo, split).labels.tolist() == [k for k in range(10) for _ in range(count)]
 
 
 # ---------------------------------------------------------------- folders
