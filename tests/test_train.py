@@ -572,6 +572,14 @@ def test_without_holdout_it_validates_on_val(demo):
     assert photos.names == data.load(demo, "train").names and val.names == data.load(demo, "val").names
 
 
+def test_photos_of_val_that_are_in_train_are_counted(call, demo, tmp_path):
+    photos = shutil.copytree(demo, tmp_path / "both", ignore=shutil.ignore_patterns("*.pixels", "*.lock"))
+    for path in list((photos / "train").rglob("*.JPEG"))[:3]:
+        shutil.copy(path, photos / "val" / path.parent.name / f"again_{path.name}")
+    result = call(*arguments(photos, "runs", "--dry-run"))
+    assert result.returncode == 0 and "3 of 23 val photos are in train too" in result.stderr
+
+
 # ---------------------------------------------------------------- interrupted, and gone on with
 
 
