@@ -322,14 +322,17 @@ def check(folder):
         raise DataError(f"{beside / unknown[0]} is a class that {top} lacks: add its photos there, or remove it")
     if any(val.values()):
         lacking = [label for label in train if not val.get(label)]
-        remarks += [f"{beside.name}/ is used to validate on"] * (beside.name != "val")
-        remarks += [f"no val photos of {len(lacking)} classes ({some(lacking)})"] * bool(lacking)
+        if beside.name != "val":
+            remarks.append(f"{beside.name}/ is used to validate on")
+        if lacking:
+            remarks.append(f"no val photos of {len(lacking)} classes ({some(lacking)})")
     else:
         pairs = {label: set_aside(paths) for label, paths in train.items()}
         train, val = ({label: pair[i] for label, pair in pairs.items()} for i in (0, 1))
-        remarks += [f"{sum(map(len, val.values())):,} photos, about {VAL_SHARE:.0%} of each class, set aside to "
-                    "validate on, as there is no val/ with photos"]
-    remarks += [f"{len(others):,} entries that are no photos skipped{hint}"] * bool(others)
+        remarks.append(f"{sum(map(len, val.values())):,} photos, about {VAL_SHARE:.0%} of each class, set aside to "
+                       "validate on, as there is no val/ with photos")
+    if others:
+        remarks.append(f"{len(others):,} entries that are no photos skipped{hint}")
     splits = {split: [path for label in train for path in found.get(label, ())]
               for split, found in (("train", train), ("val", val))}
     return splits, list(train), remarks
