@@ -202,9 +202,10 @@ def members(archive):
                 if not (info.isfile() or info.isdir()):
                     raise DataError(f"{archive} holds a link or a device ({info.name}): not unpacked")
                 yield info.name, info.size, None if info.isdir() else tar.extractfile(info)
-            blocks = list(iter(lambda: tar.fileobj.read(1 << 16), b""))  # to the end, where gzip keeps its checksum
-            if not blocks or any(block.strip(b"\0") for block in blocks):
-                raise EOFError("the end of the archive is missing")
+            end = tar.fileobj.read(512)  # zeros, as all that follow to the end, where gzip keeps its checksum
+            rest = iter(lambda: tar.fileobj.read(1 << 16), b"")
+            if not end or end.strip(b"\0") or any(block.strip(b"\0") for block in rest):
+                raise EOFError("its last part is missing")
 
 
 def unpack(archive, folder):
@@ -321,14 +322,17 @@ def check(folder):
         raise DataError(f"{beside / unknown[0]} is a class that {top} lacks: add its photos there, or remove it")
     if any(val.values()):
         lacking = [label for label in train if not val.get(label)]
-        remarks += [f"{beside.name}/ is used to validate on"] * (beside.name != "val")
-        remarks += [f"no val photos of {len(lacking)} classes ({some(lacking)})"] * bool(lacking)
+        if beside.name != "val":
+            remarks.append(f"{beside.name}/ is used to validate on")
+        if lacking:
+            remarks.append(f"no val photos of {len(lacking)} classes ({some(lacking)})")
     else:
         pairs = {label: set_aside(paths) for label, paths in train.items()}
         train, val = ({label: pair[i] for label, pair in pairs.items()} for i in (0, 1))
-        remarks += [f"{sum(map(len, val.values())):,} photos, about {VAL_SHARE:.0%} of each class, set aside to "
-                    "validate on, as there is no val/ with photos"]
-    remarks += [f"{len(others):,} entries that are no photos skipped{hint}"] * bool(others)
+        remarks.append(f"{sum(map(len, val.values())):,} photos, about {VAL_SHARE:.0%} of each class, set aside to "
+                       "validate on, as there is no val/ with photos")
+    if others:
+        remarks.append(f"{len(others):,} entries that are no photos skipped{hint}")
     splits = {split: [path for label in train for path in found.get(label, ())]
               for split, found in (("train", train), ("val", val))}
     return splits, list(train), remarks
@@ -512,7 +516,7 @@ def load(folder, split, skip_bad=False, side=None):
         wanted = {"key": key, "side": side}
         if not wanted.items() <= index.items():
             try:
-                pack(photos[split], classes, packed, key, side, skip_bad, f"{folder}, {split}")
+                pack(folder, split, photos[split], classes, packed, {**wanted, "skip_bad": skip_bad})
             except PermissionError as error:  # Windows replaces no file that is mapped, by another process perhaps
                 if not wanted.items() <= (read_index(packed) or {}).items():
                     raise DataError(f"{packed} cannot be replaced ({error.strerror}): end what uses it") from error
@@ -548,18 +552,19 @@ def decode_all(paths, side):
             yield waiting.popleft().result()
 
 
-def pack(paths, classes, packed, key, side, skip_bad, label):
+def pack(folder, split, paths, classes, packed, settings):
     """Decode `paths` into the file `packed`: all pixels, then an index in JSON, then the index's length in 8 bytes.
-    label: of the photos, for people."""
-    index = dict(key=key, side=side, skip_bad=skip_bad, pixels=0, sizes=[], labels=[], names=[], digests=[], bad=[])
+    settings: what the index begins with (key, side, skip_bad)."""
+    index = {**settings, "pixels": 0, "sizes": [], "labels": [], "names": [], "digests": [], "bad": []}
     number, started = {name: k for k, name in enumerate(classes)}, time.time()
+    decoded = decode_all(paths, settings["side"])
     with atomic(packed) as file:
-        for done, (path, (image, digest)) in enumerate(zip(paths, decode_all(paths, side), strict=True), 1):
-            progress(f"decoding {label}:", done, len(paths), started, "photos")
+        for done, (path, (image, digest)) in enumerate(zip(paths, decoded, strict=True), 1):
+            progress(f"decoding {folder}, {split}:", done, len(paths), started, "photos")
             if isinstance(image, Exception):
-                if not skip_bad:
-                    raise DataError(f"{image}, or go on without such files: `python data.py {packed.parent} "
-                                    "--skip-bad`, once") from image
+                if not settings["skip_bad"]:
+                    raise DataError(f"{image}, or go on without such files: `python data.py {folder} --skip-bad`, "
+                                    "once") from image
                 index["bad"].append(path)
                 continue
             file.write(image.data)
@@ -571,7 +576,7 @@ def pack(paths, classes, packed, key, side, skip_bad, label):
             index["digests"].append(digest)
         lost = {Path(path).parent.name for path in paths} - {classes[label] for label in index["labels"]}
         if lost:
-            raise DataError(f"{label}: {some(lost)} without a single readable photo: replace the damaged files")
+            raise DataError(f"{folder}, {split}: {some(lost)} without a single readable photo: replace what is damaged")
         text = json.dumps(index).encode()
         file.write(text + len(text).to_bytes(8, "little"))
 
@@ -618,7 +623,7 @@ def send(tensor, device):
     """A tensor of the CPU on `device`, without waiting for the device."""
     if device.type == "cuda" and tensor.device.type == "cpu":
         tensor = tensor.pin_memory()
-    return tensor.to(device, non_blocking=True)
+    return tensor.to(device, non_blocking=device.type == "cuda")
 
 
 def resample(photos, index, boxes, size, flip=None, dtype=torch.float32):
