@@ -407,7 +407,7 @@ def parse_arguments(arguments=None):
 def prepare_photos(recipe, source, skip_bad, few, device):
     """The photos to train on and those to validate on, on `device`; few: no more of each, drawn at random."""
     folder = data.prepare(source)
-    photos = data.load(folder, "train", skip_bad)
+    photos = data.load(folder, "train", skip_bad).to(device)
     if recipe.holdout:
         order = torch.randperm(len(photos), generator=torch.Generator().manual_seed(0))  # the same for every --seed
         cut = max(1, round(recipe.holdout * len(photos)))
@@ -416,13 +416,13 @@ def prepare_photos(recipe, source, skip_bad, few, device):
                              "train on: use a smaller share")
         photos, val = photos.subset(order[cut:]), photos.subset(order[:cut])
     else:
-        val = data.load(folder, "val", skip_bad)
+        val = data.load(folder, "val", skip_bad).to(device)
         if RANK == 0 and (count := data.shared(photos, val)):
             print(f"{folder}: {count:,} of {len(val):,} val photos are in train too, byte for byte: their accuracy "
                   "is that of photos learnt by heart", file=sys.stderr)
     seeded = torch.Generator().manual_seed(0)
     photos, val = (p.subset(torch.randperm(len(p), generator=seeded)[:few]) if few else p for p in (photos, val))
-    return photos.to(device), val.to(device)
+    return photos, val
 
 
 def prepare_network(recipe, count, classes):
