@@ -6,20 +6,24 @@ In code:
 
     boxes = read_boxes("localization.txt", "image_sizes.txt")                 # {name: (n, 4)}
     table = best_iou_per_threshold(maps, [boxes[name] for name in names])     # (N, T)
-    value, low, high = bootstrap(table, max_box_acc)                          # with its 95 % interval
+    value, low, high, *_ = mean_interval(cross_fitted(table))                 # with its 95 % interval
 
 Maps are (N, h, w) float32, one class per photo, signed, in logits, and cover the whole photo. Boxes are a list of N
 tensors (n, 4), x0, y0, x1, y1 as fractions of the photo's width and height, which fit every copy of the photo,
-squashed ones included. "Per photo" means (N,), to be averaged, or handed to `bootstrap`; all scores are shares, 0 to 1.
+squashed ones included. "Per photo" means (N,), to be handed to `mean_interval`; all scores are shares, 0 to 1.
 The functions know no network: copy this file alone and they work. The command wants the other files beside it.
 """
 
 import argparse
 import csv
 import io
+import math
+import os
+import re
 import sys
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -27,56 +31,112 @@ from torch.nn.utils.rnn import pad_sequence
 
 SIZE = 224  # maps meet boxes on a grid of SIZE x SIZE cells, as in Choe et al. 2020
 THRESHOLDS = torch.arange(100) / 100  # of maps that run from 0 to 1
+IOUS = (0.3, 0.5, 0.7)  # of MaxBoxAccV2
+Z = 1.959964  # 95 % of a normal distribution lie within Z standard deviations
+SEEDS, T = 5, 2.776445  # networks with random weights; the same for Student's t of SEEDS - 1 degrees of freedom
 
 
 class ScoreError(Exception):
     """Something the user can mend; the message is one sentence that says what and how."""
 
 
-# ---------------------------------------------------------------- intervals and tables
+# ---------------------------------------------------------------- means and their intervals
+
+
+class Estimate(NamedTuple):
+    """A mean over photos and its 95 % interval, all of them shares (differences: -1 to 1)."""
+
+    value: float
+    low: float | None  # None: there is no interval that holds
+    high: float | None
+    n: int  # photos
+    per_photo: torch.Tensor | None = None  # (N,), what `difference` pairs
 
 
 def accuracy_interval(correct, n):
     """The share `correct` of n with its 95 % interval, (value, low, high); Wilson 1927, honest near 0 and 1 too."""
     if not 0 <= correct <= n or n == 0:
         raise ScoreError(f"{correct} correct of {n} is no share: score at least one photo")
-    z, share = 1.959964, correct / n
-    centre, half = share + z * z / (2 * n), z * (share * (1 - share) / n + (z / (2 * n)) ** 2) ** 0.5
-    return share, max(0.0, (centre - half) / (1 + z * z / n)), min(1.0, (centre + half) / (1 + z * z / n))
+    share = correct / n
+    centre, half = share + Z * Z / (2 * n), Z * (share * (1 - share) / n + (Z / (2 * n)) ** 2) ** 0.5
+    return share, max(0.0, (centre - half) / (1 + Z * Z / n)), min(1.0, (centre + half) / (1 + Z * Z / n))
 
 
-def bootstrap(values, statistic=None, resamples=1000, seed=0):
-    """A statistic over photos with its 95 % interval, (value, low, high), by drawing the photos anew (Efron 1979).
-    values: (N, ...), differences of two networks on the same photos too; statistic: (R, N, ...) -> (R,), None: mean."""
-    if len(values) == 0:
+def share_interval(share, variance, n):
+    """Wilson's interval for a share that is known with `variance`: that of as many photos as have this variance when
+    each is right or wrong, share (1 - share) / variance (the effective sample size of Kish 1965); of n at 0 and 1."""
+    if 0 < share < 1 and variance < 1e-15:  # a constant
+        return share, share, share
+    effective = share * (1 - share) / variance if 0 < share < 1 else n
+    return accuracy_interval(share * effective, effective)
+
+
+def mean_interval(values):
+    """The `Estimate` of the mean of values from 0 to 1: (N,), or (SEEDS, N) of networks that differ in their seed alone.
+
+    Values of 0 and 1 get Wilson's interval, others one as narrow as their spread says. With several seeds it holds for
+    the mean over all seeds: the spread between seeds is added to that between photos, by the ratio of Student's t to
+    the normal distribution wider than it is, as seeds are few.
+    """
+    values = values.double().clamp(0, 1).reshape(-1, values.shape[-1])
+    if values.numel() == 0:
         raise ScoreError("there is no photo to score: score at least one")
-    statistic = statistic or (lambda v: v.float().mean(1))
-    draws = torch.randint(len(values), (resamples, len(values)), generator=torch.Generator().manual_seed(seed))
-    chunk = max(1, 2**22 // values.numel())  # resamples at once, to bound the memory
-    drawn = torch.cat([statistic(values[index]) for index in draws.to(values.device).split(chunk)])
-    low, high = drawn.double().cpu().quantile(torch.tensor([0.025, 0.975], dtype=torch.double)).tolist()
-    return float(statistic(values[None])), low, high
+    seeds, n = values.shape
+    per_photo = values.mean(0)
+    variance = float(per_photo.var(correction=0)) / n
+    if seeds > 1:
+        variance += float(values.mean(1).var()) / seeds * (T / Z) ** 2
+    return Estimate(*share_interval(float(per_photo.mean()), variance, n), n, per_photo)
 
 
-def write_table(rows, form="text"):
-    """A string, from rows [(score, {column: (value, low, high)})] of shares; a column that a row lacks stays empty.
-    form: "text" or "markdown", to read, in per cent; "csv", to compute with, a line per value."""
-    if form == "csv":
-        file = io.StringIO()
-        lines = [(score, column, *map(float, cell)) for score, cells in rows for column, cell in cells.items()]
-        csv.writer(file, lineterminator="\n").writerows([("score", "column", "value", "low", "high"), *lines])
-        return file.getvalue()
-    columns = list(dict.fromkeys(column for _, cells in rows for column in cells))
-    grid = [["%, [95 % interval]", *columns]]
-    for score, cells in rows:
-        shown = ["{:.1f} [{:.1f}, {:.1f}]".format(*(100 * v for v in cells[c])) if c in cells else "" for c in columns]
-        grid.append([score, *shown])
-    widths = [max(map(len, column)) for column in zip(*grid, strict=True)]
-    lines = [[f"{cell:{'>' if i else '<'}{widths[i]}}" for i, cell in enumerate(line)] for line in grid]
+def class_mean_interval(correct, labels):
+    """The `Estimate` of the mean of the classes' accuracies: correct (N,), 1 or 0; labels (N,) int64.
+    A class's variance is that of (right + 1) / (n + 2), Laplace's rule: one of three photos is not certain of 100 %."""
+    n = torch.bincount(labels).double()
+    right, n = torch.bincount(labels, correct.double())[n > 0], n[n > 0]
+    smooth = (right + 1) / (n + 2)
+    variance = float((smooth * (1 - smooth) / n).sum()) / len(n) ** 2
+    interval = share_interval(float((right / n).mean()), variance, len(n) ** 2 / float((1 / n).sum()))
+    return Estimate(*interval, len(labels))
+
+
+def difference(a, b):
+    """The `Estimate` of a - b, two of the same photos: their intervals' arms combined as the sides of a triangle, by
+    the correlation of the photos' values (Newcombe 1998, method 8), so that it holds near 0 and 1 too."""
+    both = torch.stack([a.per_photo, b.per_photo])
+    correlation = float(torch.corrcoef(both)[0, 1].nan_to_num())  # NaN: one is constant
+
+    def combined(x, y):
+        return math.sqrt(max(0.0, x * x + y * y - 2 * correlation * x * y))
+
+    value = a.value - b.value
+    return Estimate(value, value - combined(a.value - a.low, b.high - b.value),
+                    value + combined(a.high - a.value, b.value - b.low), a.n)
+
+
+def write_table(header, rows, form="text"):
+    """The cells `header` and `rows` (lists of as many strings) as one string, the first of each row to the left, the
+    others to the right. form: "text", to read in a terminal, "markdown", or "latex" (with the package booktabs)."""
+    if form == "latex":
+        def line(cells):
+            return " & ".join(map(escape_latex, cells)) + r" \\" + "\n"
+
+        return (r"\begin{tabular}{l" + "r" * (len(header) - 1) + "}\n\\toprule\n" + line(header) + "\\midrule\n"
+                + "".join(map(line, rows)) + "\\bottomrule\n\\end{tabular}\n")
+    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
+    lines = [[f"{cell:{'>' if i else '<'}{widths[i]}}" for i, cell in enumerate(line)] for line in (header, *rows)]
     left, between, right = {"text": ("", "  ", "\n"), "markdown": ("| ", " | ", " |\n")}[form]
     if form == "markdown":
         lines.insert(1, ["-" * (w - 1) + (":" if i else "-") for i, w in enumerate(widths)])
     return "".join(left + between.join(line) + right for line in lines)
+
+
+def escape_latex(text):
+    """Any text as LaTeX shows it; arrows, leading spaces and the minus of numbers as mathematics."""
+    special = {c: "\\" + c for c in "&%$#_{}"} | {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}",
+               "^": r"\textasciicircum{}", "\u2191": r"$\uparrow$", "\u2193": r"$\downarrow$"}
+    escaped = "".join(special.get(character, character) for character in text.lstrip())
+    return r"\quad " * (text != text.lstrip()) + re.sub(r"(?<![^\s\[])-(?=\d)", "$-$", escaped)
 
 
 # ---------------------------------------------------------------- maps
@@ -271,6 +331,15 @@ def best_threshold(table, iou=0.5):
     return int((table >= iou).float().mean(0).argmax())
 
 
+def cross_fitted(table, iou=0.5):
+    """Per photo of a table (N, T): does its IoU reach `iou` (1, 0) at the threshold that is best for the other half of
+    the photos? Every other photo makes a half, so that all serve to be scored, and no photo its own threshold."""
+    right = torch.zeros(len(table))
+    for half in (0, 1):
+        right[half::2] = (table[half::2, best_threshold(table[1 - half :: 2], iou)] >= iou).float()
+    return right
+
+
 def max_box_acc(table, iou=0.5, threshold_index=None):
     """The share of photos whose IoU reaches `iou` at one threshold for all: (..., N, T) -> (...).
     None: the threshold that is best for these very photos, as the literature reports, which flatters."""
@@ -278,7 +347,7 @@ def max_box_acc(table, iou=0.5, threshold_index=None):
     return share.amax(-1) if threshold_index is None else share[..., threshold_index]
 
 
-def max_box_acc_v2(table, threshold_indices=None, ious=(0.3, 0.5, 0.7)):
+def max_box_acc_v2(table, threshold_indices=None, ious=IOUS):
     """The mean of `max_box_acc` over `ious`, each with a threshold of its own (Choe et al., wsolevaluation)."""
     indices = threshold_indices or [None] * len(ious)
     return sum(max_box_acc(table, iou, index) for iou, index in zip(ious, indices, strict=True)) / len(ious)
@@ -303,179 +372,383 @@ def focus(maps, boxes, size=SIZE):
     return area, in_boxes / positive.sum((1, 2)).clamp(min=torch.finfo(maps.dtype).tiny)
 
 
-# ---------------------------------------------------------------- the table of trained networks
+# ---------------------------------------------------------------- the scores of a trained network
 
-COLUMNS = ("its own map", "random weights", "ones", "centred square")  # the last three are controls
+OWN, RANDOM, ONES, SQUARE = MAPS = "its own map", "random weights", "ones", "centred square"  # the last three: controls
+TO_SQUARE = f"{OWN} minus {SQUARE}"
 BATCH = 20  # photos at once: small enough for a processor's cache
+DROP_PHOTOS = 1000  # for average drop and increase in confidence, which take another pass for each map
+RANDOM_PHOTOS = 100  # for the networks with random weights: the spread between them is larger than that of photos
+TRAIN_BOXES = 400  # boxed photos of train that are used
 
 
-def untrained(facts):
+def random_network(facts, seed):
     """The network of `facts` with random weights, those of its last layer too: what a map owes to the architecture."""
     import models
 
-    torch.manual_seed(0)
-    other = models.build(facts["arch"], len(facts["classes"])).eval()
-    torch.nn.init.normal_(other.head.weight, std=0.01)
-    return other
+    torch.manual_seed(seed)
+    network = models.build(facts["arch"], len(facts["classes"])).eval()
+    torch.nn.init.normal_(network.head.weight, std=0.01)
+    return models.with_looks(models.fold_norms(network), facts["looks"])
 
 
-def four_maps(explained, other, images, labels=None):
-    """The maps of `COLUMNS` for the classes `labels`, or the likeliest (None): {column: (N, h, w)}, logits (N, K)."""
+@torch.no_grad()
+def in_batches(function, photos, size, *per_photo, label=None):
+    """function(images, ...) -> tensors (B, ...), for all photos at size x size px, each joined to (N, ...). The tensors
+    `per_photo` (N, ...) are cut into the same batches. label: of the progress that is shown."""
+    import data
+
+    parts, done, started = [], 0, time.time()
+    for images, _ in data.eval_batches(photos, size, BATCH):
+        parts.append(function(images, *(tensor[done : done + len(images)] for tensor in per_photo)))
+        done += len(images)
+        if label:
+            data.progress(f"{label}:", done, len(photos), started, "photos")
+    return [torch.cat(tensors) for tensors in zip(*parts, strict=True)]
+
+
+def predict_with_maps(network, photos, size, classes, label=None):
+    """The logits (N, K) of photos, and the maps (N, h, w) of `classes` (N,) and of the likeliest class, in one pass."""
     import cam
 
-    maps, logits = explained(images)
-    cam.check_identity(maps, logits, explained.network.head.bias)
-    n, labels = torch.arange(len(images)), logits.argmax(1) if labels is None else labels
-    maps = (maps[n, labels], other(images)[0][n, labels], ones(len(n), 8), centred_square(len(n), 64))
-    return dict(zip(COLUMNS, maps, strict=True)), logits
+    maps_and_logits = cam.MapsAndLogits(network)
+
+    def of_batch(images, classes):
+        maps, logits = maps_and_logits(images)
+        cam.check_identity(maps, logits, network.head.bias)
+        each = torch.arange(len(images))
+        return logits, maps[each, classes], maps[each, logits.argmax(1)]
+
+    return in_batches(of_batch, photos, size, classes, label=label)
 
 
-@torch.no_grad()
-def faithfulness(explained, other, facts, photos, deleted):
-    """Accuracy, average drop and increase on all photos, deletion and insertion on the first `deleted`, which are
-    drawn at random: {score: {column: per photo}}."""
-    import data
-
-    def predict(x):
-        return explained.network(x).softmax(1)
-
-    correct, after, before, areas, started = [], [], [], [], time.time()
-    order = torch.randperm(len(photos), generator=torch.Generator().manual_seed(0))
-    photos = photos.subset(order)
-    for number, (images, labels) in enumerate(data.eval_batches(photos, facts["size"], BATCH)):
-        maps, logits = four_maps(explained, other, images)
-        before_, top = logits.softmax(1).max(1)
-        correct.append(top == labels)
-        before.append(before_)
-        after.append(torch.stack([predict(masked(images, m)).gather(1, top[:, None])[:, 0] if column != "ones"
-                                  else before_ for column, m in maps.items()]))  # ones change nothing: no pass
-        if BATCH * number < deleted:
-            areas.append(torch.stack([torch.stack(deletion_and_insertion(predict, images, m, top))
-                                      for m in maps.values()]))  # (4, 2, B)
-        done = min(BATCH * (number + 1), len(photos))
-        data.progress(f"{facts['arch']}:", done, len(photos), started, "photos")
-    correct, before, after = torch.cat(correct).float(), torch.cat(before), torch.cat(after, 1)  # (N,), (N,), (4, N)
-    unseen = torch.tensor(["ILSVRC2012_val" in name for name in photos.names])
-    scores = {"accuracy": {COLUMNS[0]: correct}}
+def accuracies(correct, labels, names):
+    """{score: Estimate} of correct (N,), 1 or 0. Of ImageNette's photos those of ImageNet's own val are the only ones
+    that a network pretrained on ImageNet has not seen."""
+    scores = {"accuracy": mean_interval(correct)}
+    if len(labels.bincount().unique()) > 1:
+        scores["accuracy, mean of the classes"] = class_mean_interval(correct, labels)
+    unseen = torch.tensor(["ILSVRC2012_val" in name for name in names])
     if unseen.any():
-        scores["accuracy, photos not in ImageNet's training"] = {COLUMNS[0]: correct[unseen]}
-    drops = [average_drop_and_increase(before, a) for a in after]
-    for i, score in enumerate(("average drop", "increase in confidence")):
-        scores[score] = {column: drop[i] for column, drop in zip(COLUMNS, drops, strict=True)}
-    if areas:
-        areas = torch.cat(areas, 2)[:, :, :deleted]
-        for i, score in enumerate(("deletion", "insertion")):
-            scores[score] = dict(zip(COLUMNS, areas[:, i], strict=True))
+        scores["accuracy, photos not in ImageNet's training"] = mean_interval(correct[unseen])
     return scores
 
 
-@torch.no_grad()
-def localisation(explained, other, facts, photos, boxes):
-    """Maps of the true class against boxes. photos: {split: Photos}, all with boxes. The threshold of a box score is
-    chosen on train and applied to val; in rows of `best threshold`, chosen on val itself: {score: {column: ...}}."""
+def faithfulness(network, photos, size, predicted, confidence, maps, deleted):
+    """{score: Estimate} of one kind of map. photos: N; predicted (N,): their likeliest classes, and confidence (N,),
+    the probability of these; maps: (S, N, h, w) of S seeds; deleted: the first photos, for deletion and insertion."""
+
+    def probabilities(images):
+        return network(images).softmax(1)
+
+    def when_masked(images, maps, classes):
+        return (probabilities(masked(images, maps)).gather(1, classes[:, None])[:, 0],)
+
+    def when_deleted(images, maps, classes):
+        return deletion_and_insertion(probabilities, images, maps, classes)
+
+    few = photos.subset(torch.arange(min(deleted, len(photos))))
+    values = {"average drop": [], "increase in confidence": []}
+    values |= {"deletion": [], "insertion": []} if len(few) else {}
+    for of_seed in maps:
+        found = average_drop_and_increase(confidence, *in_batches(when_masked, photos, size, of_seed, predicted))
+        if len(few):
+            found = *found, *in_batches(when_deleted, few, size, of_seed, predicted)
+        for score, value in zip(values, found, strict=True):
+            values[score].append(value)
+    return {score: mean_interval(torch.stack(of_seeds)) for score, of_seeds in values.items()}
+
+
+def localisation(maps, boxes, in_val):
+    """{score: Estimate} of one kind of map. maps: (S, N, h, w) of S seeds, of the true class; boxes: N; in_val: (N,)
+    bool, the photos that the scores are of; the others help with thresholds, and with the score of "all".
+
+    A box score's threshold is the one that is best for the other half of all N photos (`cross_fitted`). That of the
+    literature, best for the very photos that are scored, is there to be compared; no interval of it holds.
+    """
+    tables = torch.stack([best_iou_per_threshold(of_seed, boxes) for of_seed in maps])  # (S, N, T)
+    right = torch.stack([torch.stack([cross_fitted(table, iou) for iou in IOUS]) for table in tables])  # (S, 3, N)
+    area, share = (torch.stack(seeds) for seeds in zip(*(focus(of_seed, boxes) for of_seed in maps), strict=True))
+    values = {"pointing game": torch.stack([pointing_game(of_seed, boxes) for of_seed in maps]),
+              "MaxBoxAccV2, cross-fitted": right.mean(1),
+              "MaxBoxAcc, cross-fitted": right[:, IOUS.index(0.5)],
+              "share in the box": share, "area above half": area}  # (S, N) each
+    scores = {score: mean_interval(of_seeds[:, in_val]) for score, of_seeds in values.items()}
+    if not in_val.all():
+        scores["MaxBoxAccV2, cross-fitted, all"] = mean_interval(right.mean(1))
+    for score, best in (("MaxBoxAccV2, best thresholds", max_box_acc_v2), ("MaxBoxAcc, best threshold", max_box_acc)):
+        scores[score] = Estimate(float(best(tables[:, in_val]).mean()), None, None, int(in_val.sum()))
+    return scores
+
+
+class Boxed(NamedTuple):
+    """Photos that have boxes, and what the controls that need no network score on them."""
+
+    val: torch.Tensor  # (n,), which of val
+    train: object  # those of train, `Photos`, or None
+    boxes: list  # val's, then train's
+    in_val: torch.Tensor  # (N,) bool
+    controls: dict  # {map: {score: Estimate}}
+
+
+def find_boxed(val, train, boxes):
+    """The `Boxed` photos of val and train (Photos), where boxes is {NAME: (n, 4)}; None where none of val has one."""
+    found = []
+    for photos in (val, train):
+        names = [Path(name).stem for name in photos.names]
+        index = torch.tensor([i for i, name in enumerate(names) if name in boxes], dtype=torch.long)
+        found.append((index[torch.randperm(len(index), generator=torch.Generator().manual_seed(0))], names))
+    (in_val, val_names), (in_train, train_names) = found
+    in_train = in_train[:TRAIN_BOXES]
+    if len(in_val) == 0:
+        return None
+    chosen = [boxes[val_names[i]] for i in in_val] + [boxes[train_names[i]] for i in in_train]
+    is_val = torch.arange(len(chosen)) < len(in_val)
+    controls = {ONES: localisation(ones(len(chosen), 8)[None], chosen, is_val),
+                SQUARE: localisation(centred_square(len(chosen), 64)[None], chosen, is_val)}
+    return Boxed(in_val, train.subset(in_train) if len(in_train) else None, chosen, is_val, controls)
+
+
+def score_network(network, facts, val, boxed, deleted, label):
+    """All scores of a network, {map: {score: Estimate}}, and what it predicts of val, (N,).
+
+    Passes: each photo of val, for accuracy and maps; `DROP_PHOTOS` of them masked by the own map and by the square;
+    those of train that have boxes; SEEDS x RANDOM_PHOTOS x 3 for random weights; 42 for each map of `deleted` photos.
+    """
+    size, classes = facts["size"], facts["classes"]
+    val = val.relabelled(classes)
+    logits, true_maps, likely_maps = predict_with_maps(network, val, size, val.labels, label)
+    confidence, predicted = logits.softmax(1).max(1)
+    drawn = torch.randperm(len(val), generator=torch.Generator().manual_seed(0))[:DROP_PHOTOS]
+    few, few_boxed = drawn[:RANDOM_PHOTOS], boxed.val[:RANDOM_PHOTOS] if boxed else drawn[:0]
+    few_classes = torch.cat([predicted[few], val.labels[few_boxed]])
+    random_maps = torch.stack([  # (SEEDS, 200, h, w)
+        predict_with_maps(random_network(facts, seed), val.subset(torch.cat([few, few_boxed])), size, few_classes)[1]
+        for seed in range(SEEDS)])
+
+    def faithful(maps, photos, deleted):
+        return faithfulness(network, val.subset(photos), size, predicted[photos], confidence[photos], maps, deleted)
+
+    scores = {OWN: accuracies((predicted == val.labels).float(), val.labels, val.names)}
+    scores[OWN] |= faithful(likely_maps[drawn][None], drawn, deleted)
+    scores[RANDOM] = faithful(random_maps[:, : len(few)], few, deleted // SEEDS)
+    scores[ONES] = faithful(ones(deleted, 8)[None], drawn[:deleted], deleted) if deleted else {}
+    scores[SQUARE] = faithful(centred_square(len(drawn), 64)[None], drawn, deleted)
+    if boxed:
+        own = [true_maps[boxed.val]]
+        if boxed.train:
+            train = boxed.train.relabelled(classes)
+            own.append(predict_with_maps(network, train, size, train.labels)[1])
+        scores[OWN] |= localisation(torch.cat(own)[None], boxed.boxes, boxed.in_val)
+        few_boxes = boxed.boxes[: len(few_boxed)]
+        scores[RANDOM] |= localisation(random_maps[:, len(few) :], few_boxes, boxed.in_val[: len(few_boxed)])
+        for control, of_control in boxed.controls.items():
+            scores[control] |= of_control
+    return scores, predicted
+
+
+def confusion_matrix(labels, predicted, classes):
+    """How many photos of each class are taken for which: (K, K) int64. Rows are what is there, columns what the network
+    says; labels, predicted: (N,) int64; classes: K, how many there are."""
+    return torch.bincount(labels * classes + predicted, minlength=classes**2).view(classes, classes)
+
+
+# ---------------------------------------------------------------- the tables of several networks
+
+# The summary's rows. Up: higher is better.
+SUMMARY = {"accuracy": " ↑", "accuracy, mean of the classes": " ↑", "pointing game": " ↑",
+           "MaxBoxAccV2, cross-fitted": " ↑", "MaxBoxAccV2, cross-fitted, all": " ↑", "share in the box": " ↑",
+           "area above half": ""}
+WIDTH = 100  # of the summary in a terminal
+
+
+def compare(networks):
+    """{network: {map: {score: Estimate}}} as {score: {network: {map: Estimate}}}, with the differences that are of the
+    same photos: own maps to the centred square, and each network's ("B minus A") to the first's."""
+    results, first = {}, next(iter(networks))
+    for network, scores in networks.items():
+        for score, own in scores[OWN].items():
+            cells = {kind: of_kind[score] for kind, of_kind in scores.items() if score in of_kind}
+            results.setdefault(score, {})[network] = cells
+            if own.per_photo is not None:
+                if SQUARE in cells:
+                    cells[TO_SQUARE] = difference(own, cells[SQUARE])
+                if network != first:
+                    versus = {OWN: difference(own, networks[first][OWN][score])}
+                    results[score][f"{network} minus {first}"] = versus
+    return results
+
+
+def shown(estimate, n=None):
+    """An estimate in per cent, "58.0 [52.0, 63.9]", and its number of photos where it is not n; "" for None."""
+    if estimate is None:
+        return ""
+    interval = "" if estimate.low is None else f" [{100 * estimate.low:.1f}, {100 * estimate.high:.1f}]"
+    return f"{100 * estimate.value:.1f}{interval}" + (f" (n = {estimate.n:,})" if n not in (None, estimate.n) else "")
+
+
+def summary_tables(results, networks, form="text"):
+    """The summary of `compare`'s results, networks and square side by side, differences under the scores; in a terminal
+    as many networks beside each other as WIDTH holds."""
+    first, rows = networks[0], []
+    for score, arrow in SUMMARY.items():
+        if cells := results.get(score):
+            own = [cells[network][OWN] for network in networks]
+            rows.append([score + arrow * (form != "text"), f"{own[0].n:,}", *map(shown, own),
+                         shown(cells[first].get(SQUARE))])
+            if TO_SQUARE in cells[first]:
+                rows.append([f"  minus {SQUARE}", "", *(shown(cells[network][TO_SQUARE]) for network in networks), ""])
+            if len(networks) > 1:
+                versus = (cells.get(f"{network} minus {first}", {}).get(OWN) for network in networks)
+                rows.append([f"  minus {first}", "", *map(shown, versus), ""])
+    lines = [["%, [95 % interval]", "n", *networks, SQUARE], *rows]
+    lines = lines if any(line[-1] for line in rows) else [line[:-1] for line in lines]
+    for beside in range(len(lines[0]) - 2, 0, -1):
+        blocks = [[line[:2] + line[i : i + beside] for line in lines] for i in range(2, len(lines[0]), beside)]
+        tables = [write_table(block[0], block[1:], form) for block in blocks]
+        if form != "text" or all(table.index("\n") <= WIDTH for table in tables):
+            break
+    return "\n".join(tables)
+
+
+def long_table(results):
+    """All scores, maps and networks of `compare`'s results, in Markdown."""
+    columns = [*MAPS, TO_SQUARE]
+    rows = [[f"{score}: {network}", f"{cells[OWN].n:,}", *(shown(cells.get(c), cells[OWN].n) for c in columns)]
+            for score, networks in results.items() for network, cells in networks.items()]
+    return write_table(["%, [95 % interval]", "n", *columns], rows, "markdown")
+
+
+def csv_lines(results):
+    """All of `compare`'s results as CSV, shares from 0 to 1, a line each; without an interval its ends are empty."""
+    file = io.StringIO()
+    writer = csv.writer(file, lineterminator="\n")
+    writer.writerow(["score", "network", "map", *Estimate._fields[3:4], *Estimate._fields[:3]])
+    for score, networks in results.items():
+        for network, cells in networks.items():
+            writer.writerows((score, network, kind, e.n, e.value, e.low, e.high) for kind, e in cells.items())
+    return file.getvalue()
+
+
+# ---------------------------------------------------------------- the command
+
+
+def check_out(out):
+    """`out` without a suffix of ours; a ScoreError where no tables can be written, before the work, not after it."""
+    base = out.removesuffix(".md").removesuffix(".csv").removesuffix(".tex")
+    if base.endswith(("/", os.sep)) or Path(base).is_dir():
+        raise ScoreError(f"--out {out} is a folder: name the tables in it, for example {Path(out) / 'scores'}")
+    folder = next(path for path in Path(base).absolute().parents if path.exists())
+    if not folder.is_dir() or not os.access(folder, os.W_OK):
+        raise ScoreError(f"--out {out} cannot be written, as {folder} is no folder that takes files: name another place")
+    return base
+
+
+def name_networks(paths, loaded):
+    """{name: (path, network, facts)}, named after their architecture, numbered from the second on. A network that is
+    given twice, by whatever path, is scored once, and it is said; the same weights with other looks are another one."""
+    named = {}
+    for path, (network, facts) in zip(paths, loaded, strict=True):
+        state = network.state_dict()
+        for twin, other, its_facts in named.values():
+            of_twin = other.state_dict()
+            if facts["looks"] == its_facts["looks"] and facts["classes"] == its_facts["classes"] and (
+                    state.keys() == of_twin.keys() and all(torch.equal(state[key], of_twin[key]) for key in state)):
+                print(f"{path} is the same network as {twin}: it is scored once", file=sys.stderr)
+                break
+        else:
+            name, count = facts["arch"], 2
+            while name in named:
+                name, count = f"{facts['arch']}-{count}", count + 1
+            named[name] = path, network, facts
+    return named
+
+
+def load_boxes(folder, named, val):
+    """The `Boxed` photos of a data folder, or None, and a sentence for the user on what is missing ("" if nothing is).
+    named: the folder of boxes that the user names, or None for the data's own."""
     import data
 
-    found = {}  # (split, column): maps of all photos
-    for split, some in photos.items():
-        batches = [four_maps(explained, other, x, y)[0] for x, y in data.eval_batches(some, facts["size"], BATCH)]
-        for column in COLUMNS:
-            found[split, column] = torch.cat([maps[column] for maps in batches])
-    truth = {split: [boxes[Path(name).stem] for name in some.names] for split, some in photos.items()}
-    scores = {}
-    for column in COLUMNS:
-        train, val = (best_iou_per_threshold(found[split, column], truth[split]) for split in ("train", "val"))
-        right = [(val[:, best_threshold(train, iou)] >= iou).float() for iou in (0.3, 0.5, 0.7)]
-        area, share = focus(found["val", column], truth["val"])
-        cells = {
-            "MaxBoxAcc": right[1],
-            "MaxBoxAcc, best threshold": bootstrap(val, max_box_acc),
-            "MaxBoxAccV2": sum(right) / 3,
-            "MaxBoxAccV2, best thresholds": bootstrap(val, max_box_acc_v2),
-            "pointing game": pointing_game(found["val", column], truth["val"]).float(),
-            "focus: area above half of the maximum": area,
-            "focus: share of the positive map in the box": share,
-        }
-        for score, cell in cells.items():
-            scores.setdefault(score, {})[column] = cell
-    return scores
+    source = Path(named or folder)
+    if not named and not (source / "localization.txt").exists():
+        return None, "no boxes, so no localisation: name a folder of localization.txt and image_sizes.txt (--boxes)"
+    boxes = read_boxes(source / "localization.txt", source / "image_sizes.txt")
+    boxed = find_boxed(val, data.load(folder, "train"), boxes)
+    if boxed:
+        return boxed, "" if boxed.train else f"{source} has no boxes of train: thresholds are fitted on val's alone"
+    if named:
+        raise ScoreError(f"{source} has no boxes of photos in {folder}'s val: name those of this data set (--boxes)")
+    return None, f"{source} has no boxes of val, so there is no localisation"
 
 
-def as_rows(networks):
-    """{network: {score: {column: per photo (N,), or (value, low, high)}}} as the rows of `write_table`; where there are
-    two networks, with their difference, photo by photo."""
-    rows = []
-    for score in next(iter(networks.values())):
-        for name, scores in networks.items():
-            cells, n = {}, None
-            for column, values in scores[score].items():
-                if isinstance(values, tuple):
-                    cells[column] = values
-                elif score.startswith("accuracy"):
-                    cells[column], n = accuracy_interval(int(values.sum()), len(values)), len(values)
-                else:
-                    cells[column], n = bootstrap(values), len(values)
-            rows.append((f"{score}: {name}" + (f" (n = {n:,})" if n else ""), cells))
-        first, *second = (scores[score][COLUMNS[0]] for scores in networks.values())
-        if len(second) == 1 and not isinstance(first, tuple):
-            rows.append((f"    {' less '.join(networks)}", {COLUMNS[0]: bootstrap(first - second[0])}))
-    return rows
-
-
-def score(options):
-    """The table of all scores of all networks, printed, and as Markdown and CSV in files."""
+def score(paths, source, boxes_folder, deleted, out, looks):
+    """Score the checkpoints `paths` on the data `source`; print the summary, write all tables and pictures to `out`...
+    looks: of `cam.parse_looks`."""
     import cam
     import data
     import models
 
-    folder = data.prepare(options.data)
-    photos = {split: data.load(folder, split) for split in ("train", "val")}
-    source = Path(options.boxes or folder)
-    boxes = {}
-    if options.boxes or (source / "localization.txt").exists():
-        boxes = read_boxes(source / "localization.txt", source / "image_sizes.txt")
-    boxed = {}
-    for split, some in photos.items():
-        found = torch.tensor([i for i, name in enumerate(some.names) if Path(name).stem in boxes], dtype=torch.long)
-        order = torch.randperm(len(found), generator=torch.Generator().manual_seed(0))
-        boxed[split] = some.subset(found[order[:400]] if split == "train" else found)  # 400 settle a threshold
-    if options.boxes and not all(map(len, boxed.values())):
-        raise ScoreError(f"{source} has no boxes of photos in {folder}'s train and val: name those of this data set")
-    networks = {}
-    for path, (network, facts) in zip(options.models, cam.load_models(options.models), strict=True):
-        name = facts["arch"] if facts["arch"] not in networks else path
-        other = cam.MapsAndLogits(models.fold_norms(untrained(facts)))
-        explained = cam.MapsAndLogits(models.fold_norms(network))
-        networks[name] = faithfulness(explained, other, facts, photos["val"], options.deletion)
-        if all(map(len, boxed.values())):
-            networks[name] |= localisation(explained, other, facts, boxed, boxes)
-    rows = as_rows(networks)
-    print(write_table(rows), end="")
-    if not boxes:
-        print("no boxes, so no localisation: name a folder of localization.txt and image_sizes.txt (BOXES=)")
-    out = Path(options.out)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    for form, suffix in (("markdown", ".md"), ("csv", ".csv")):
-        with models.atomic(out.with_suffix(suffix)) as file:
-            file.write(write_table(rows, form).encode())
+    out = check_out(out)
+    named = name_networks(paths, cam.load_models(paths, looks))
+    pictures = {name: f"{out}-confusion-{name}.png" for name in named}
+    for picture in pictures.values():
+        cam.check_picture_name(picture)
+    folder = data.prepare(source)
+    val = data.load(folder, "val")
+    boxed, missing = load_boxes(folder, boxes_folder, val)
+    networks, matrices = {}, {}
+    for name, (_, network, facts) in named.items():
+        networks[name], predicted = score_network(models.fold_norms(network), facts, val, boxed, deleted, name)
+        labels = val.relabelled(facts["classes"]).labels
+        matrices[name] = confusion_matrix(labels, predicted, len(facts["classes"]))
+    results, names = compare(networks), list(networks)
+    notes = [f"{name}: {path}, {cam.describe(facts)}; looks at {', '.join(map(str, facts['looks']))} px"
+             for name, (path, _, facts) in named.items()] + [missing] * bool(missing)
+    if boxed:
+        notes.append("cross-fitted: box thresholds of each half of the photos are best for the other half; all: with "
+                     "photos of train")
+    Path(out).parent.mkdir(parents=True, exist_ok=True)
+    summary = summary_tables(results, names, "markdown")
+    files = {".md": "\n".join([summary, *(f"- {note}" for note in notes), "", long_table(results)]),
+             ".tex": summary_tables(results, names, "latex"), ".csv": csv_lines(results)}
+    for suffix, text in files.items():
+        with models.atomic(out + suffix) as file:
+            file.write(text.encode())
+    for name, picture in pictures.items():
+        facts = named[name][2]
+        cam.save_picture(cam.confusion_picture(matrices[name], list(facts["classes"]), cam.describe(facts)), picture)
+    print("\n".join([summary_tables(results, names), *notes, f"written: {', '.join(out + suffix for suffix in files)}, "
+                     f"{', '.join(pictures.values())}; in LaTeX \\input{{{out}.tex}}, with the package booktabs"]))
 
 
-def main():
+def main(arguments=None):
     """The command line: the scores of trained networks, as one table."""
+    try:
+        import cam
+        import data
+        import models
+    except ModuleNotFoundError as error:
+        sys.exit(f"score.py: the command needs {error.name}.py beside it; the functions of score.py do not")
     parser = argparse.ArgumentParser(description="Accuracy, faithfulness and localisation of trained networks.",
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)  # fmt: skip
-    parser.add_argument("models", nargs="+", help="checkpoints (runs/*/best.pt)")
-    parser.add_argument("--data", default="data/imagenette2-160", help="ImageNette folder or .tgz")
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("models", nargs="+", help="checkpoints (runs/*/best.pt); differences are to the first")
+    parser.add_argument("--data", default="data/imagenette2-160", help="folder or archive of photos in class folders")
     parser.add_argument("--boxes", help="folder of localization.txt and image_sizes.txt; by default the data's own")
     parser.add_argument("--deletion", type=int, default=100, help="photos for deletion and insertion, the slow scores")
-    parser.add_argument("--out", default="figures/scores", help="where .md and .csv go")
-    options = parser.parse_args()
-    import cam
-    import data
-    import models
-
+    parser.add_argument("--out", default="figures/scores", help="where .md, .tex, .csv and pictures go, a name without suffix")
+    cam.add_looks_option(parser)
+    options = parser.parse_args(arguments)
+    if options.deletion < 0:
+        parser.error("--deletion takes a number of photos, 0 or more")
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="backslashreplace")  # a name that this terminal cannot write
     models.keep_memory()
     try:
-        score(options)
+        looks = options.looks and cam.parse_looks(options.looks)
+        score(options.models, options.data, options.boxes, options.deletion, options.out, looks)
+    except KeyboardInterrupt:
+        print("score.py: stopped; nothing was written, and the same command starts anew", file=sys.stderr)
+        sys.exit(130)
     except (ScoreError, cam.CamError, data.DataError, models.ModelError, OSError) as error:
         print(f"score.py: {error}", file=sys.stderr)
         sys.exit(2)
