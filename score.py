@@ -287,8 +287,9 @@ def component_boxes(masks):
     and as runs are in order, these follow one another.
     """
     height, stride = masks.shape[1] + 1, masks.shape[2] + 1
-    flat = F.pad(masks, (1, 0, 0, 1)).flatten()
-    start, end = ((flat[1:] != flat[:-1]).nonzero() + 1).view(-1, 2).T.contiguous()
+    flat = F.pad(masks, (1, 0, 0, 1)).flatten().cpu().numpy()  # NumPy finds the few changes ten times as fast
+    changes = torch.from_numpy((flat[1:] != flat[:-1]).nonzero()[0] + 1).to(masks.device)
+    start, end = changes.view(-1, 2).T.contiguous()
     first = torch.searchsorted(end, start + stride)
     count = torch.searchsorted(start, end + stride, right=True) - first
     runs = torch.arange(len(start), device=start.device)
@@ -397,7 +398,7 @@ OWN, RANDOM, ONES, SQUARE = MAPS = "its own map", "random weights", "ones", "cen
 TO_SQUARE = f"{OWN} minus {SQUARE}"
 BATCH = 20  # photos at once: small enough for a processor's cache
 DROP_PHOTOS = 1000  # for average drop and increase in confidence, which take another pass for each map
-RANDOM_PHOTOS = 100  # for the networks with random weights: the spread between them is larger than that of photos
+RANDOM_PHOTOS = 50  # for the networks with random weights: the spread between them is larger than that of photos
 TRAIN_BOXES = 400  # photos of train whose boxes are used
 
 
@@ -510,7 +511,7 @@ def score_network(network, facts, val, val_boxed, train_boxed, boxes, deleted, l
     few, few_boxed = drawn[:RANDOM_PHOTOS], val_boxed[:RANDOM_PHOTOS]
     chosen, few_classes = val.subset(torch.cat([few, few_boxed])), torch.cat([predicted[few], val.labels[few_boxed]])
     random_maps = torch.stack([predict_with_maps(random_network(facts, seed), chosen, size, few_classes)[1]
-                               for seed in range(SEEDS)])  # (SEEDS, 200, h, w)
+                               for seed in range(SEEDS)])  # (SEEDS, 100, h, w)
     scores = {kind: {} for kind in MAPS}
     scores[OWN] |= accuracies((predicted == val.labels).float(), val.labels, val.names)
     for kind, maps, deletions in ((OWN, likely_maps[drawn][None], deleted),
@@ -725,7 +726,7 @@ def main(arguments=None):
         looks = options.looks and cam.parse_looks(options.looks)
         score(options.models, options.data, options.boxes, options.deletion, options.out, looks)
     except KeyboardInterrupt:
-        print("score.py: stopped; nothing was written, and the same command starts anew", file=sys.stderr)
+        print("score.py: stopped; no file is half-written, and the same command starts anew", file=sys.stderr)
         sys.exit(130)
     except (ScoreError, cam.CamError, data.DataError, models.ModelError, OSError) as error:
         print(f"score.py: {error}", file=sys.stderr)

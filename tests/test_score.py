@@ -133,6 +133,9 @@ def simulations(generator):
     def drops(n):
         return torch.where(random(n) < 0.6, 0, random(n) ** 6)
 
+    def paired_shares(n):  # two values of a photo, from 0 to 1, that have much in common
+        return (normal(n) + 0.7 * normal(2, n) + torch.tensor([[0.6], [0.2]])).sigmoid()
+
     def areas(n):
         return (0.33 + 0.1 * normal(n)).clamp(0, 1)
 
@@ -144,7 +147,17 @@ def simulations(generator):
 
     logits = torch.randn(2, 2_000_000, generator=generator)
     random_share = float((-0.6 + 0.4 * logits[0] + logits[1]).sigmoid().double().mean())
-    tables = box_tables(20_000, random)  # two networks' IoU of the same photos
+    shares = paired_shares(2_000_000).double().mean(1)
+    random_tables = [box_table(5_000, random, 0.3 + 0.2 * float(random(1))) for _ in range(60)]
+    random_best = sum(float(score.max_box_acc_v2(table)) for table in random_tables) / 60
+
+    def fitted_seeds(n):
+        index = torch.randint(5_000, (n,), generator=generator)
+        chosen = [random_tables[i][index] for i in torch.randperm(60, generator=generator)[: score.SEEDS]]
+        return score.cross_fitted_interval(torch.stack(chosen), score.IOUS)
+
+    difficulty = random(20_000, 1)
+    tables = [box_table(20_000, random, best_at, difficulty) for best_at in (0.35, 0.45)]  # two networks, same photos
     best = [float(score.max_box_acc_v2(table)) for table in tables]
 
     def fitted(n, of_val):
@@ -160,10 +173,13 @@ def simulations(generator):
         "accuracy, mean of the classes": (lambda: classes([300, 20], [0.98, 0.7]), 0.84),
         "pointing game, n = 134": (lambda: share(134, 0.94), 0.94),
         "pointing game, difference, n = 134": (lambda: paired(134, 0.94, 0.86, 0.3), 0.08),
-        "pointing game, random weights, n = 100": (lambda: seeds(100, 0.4, -0.6), random_share),
+        "pointing game, random weights, n = 50": (lambda: seeds(50, 0.4, -0.6), random_share),
+        "MaxBoxAccV2, random weights, n = 50": (lambda: fitted_seeds(50), random_best),
         "average drop, n = 1,000": of(drops, 1000),
         "deletion and insertion, share in the box, n = 100": of(deletions, 100),
         "area above half, n = 134": of(areas, 134),
+        "share in the box, difference, n = 134": (
+            lambda: score.difference(*map(score.mean_interval, paired_shares(134))), float(shares[0] - shares[1])),
         "MaxBoxAccV2, cross-fitted, n = 134 of 500": (lambda: fitted(500, 134)[0], best[0]),
         "MaxBoxAccV2, cross-fitted, boxes of val alone, n = 134": (lambda: fitted(134, 134)[0], best[0]),
         "MaxBoxAccV2, cross-fitted, all, n = 500": (lambda: fitted(500, 500)[0], best[0]),
@@ -172,14 +188,11 @@ def simulations(generator):
     }
 
 
-def box_tables(n, random):
-    """Two tables (n, T) like those of `best_iou_per_threshold`: a peak, of which photos differ in place and height."""
-    difficulty, tables = random(n, 1), []
-    for middle in (0.35, 0.45):
-        peak = middle + 0.5 * (random(n, 1) + random(n, 1) - 1)
-        height = 0.45 + 0.55 * (difficulty + random(n, 1)) / 2
-        tables.append(height * (1 - 1.5 * (score.THRESHOLDS[::5] - peak).abs()).clamp(min=0))
-    return tables
+def box_table(n, random, middle, difficulty=None):
+    """A table (n, T) like those of `best_iou_per_threshold`: a peak, around `middle`, that photos differ in."""
+    peak = middle + 0.5 * (random(n, 1) + random(n, 1) - 1)
+    height = 0.45 + 0.55 * ((random(n, 1) if difficulty is None else difficulty) + random(n, 1)) / 2
+    return height * (1 - 1.5 * (score.THRESHOLDS[::5] - peak).abs()).clamp(min=0)
 
 
 def test_intervals_hold_their_95_per_cent():
@@ -193,9 +206,9 @@ def test_intervals_hold_their_95_per_cent():
 @pytest.mark.long
 def test_intervals_hold_their_95_per_cent_in_many_repetitions():
     for name, (draw, truth) in simulations(torch.Generator().manual_seed(1)).items():
-        found = coverage(draw, truth, 2000)
+        found = coverage(draw, truth, 1000)
         print(f"{name}: {found:.1f} %")  # pytest -m long -s
-        assert 93 < found, f"{name}: {found:.1f} %"
+        assert found > 92.5, f"{name}: {found:.1f} %"  # 1,000 repetitions: give or take 1.4
 
 
 def test_a_table_as_text_markdown_and_latex():
