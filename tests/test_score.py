@@ -733,7 +733,8 @@ def command(monkeypatch, capsys):
         return status, out, err
 
     monkeypatch.setattr(score, "SIZE", 56)  # coarse, but quick
-    monkeypatch.setattr(score, "RANDOM_PHOTOS", 4)
+    for constant, few in (("RANDOM_PHOTOS", 4), ("DROP_PHOTOS", 8), ("TRAIN_BOXES", 20)):
+        monkeypatch.setattr(score, constant, few)
     monkeypatch.setattr(score.best_iou_per_threshold, "__defaults__", (score.THRESHOLDS[::10], 56))
     return call
 
@@ -776,7 +777,7 @@ def test_two_networks(command, networks, demo, tmp_path):
     assert written == {f"0.15{end}" for end in (".md", ".csv", ".tex", "-confusion-cnn.png", "-confusion-cnn-2.png")}
     lines = lines_of(tmp_path / "t" / "0.15.csv")
     assert lines["accuracy", "cnn", "its own map"]["n"] == "20"
-    assert lines["MaxBoxAccV2, cross-fitted, all", "cnn", "its own map"]["n"] == "80"
+    assert lines["MaxBoxAccV2, cross-fitted, all", "cnn", "its own map"]["n"] == "40"
     assert lines["MaxBoxAccV2, best thresholds", "cnn", "its own map"]["low"] == ""
     assert lines["pointing game", "cnn", "random weights"]["n"] == "4"
     assert lines["deletion", "cnn", "random weights"]["n"] == "1"
