@@ -1,5 +1,5 @@
 # Where did the network look?  `make` lists what there is.
-#   Variables: DATA= (a .tgz or a folder)  ARCH= WEIGHTS= EPOCHS= SIZE= DEVICE= SEED= RUNS= BOXES=
+#   Variables: DATA= (an archive or a folder)  ARCH= WEIGHTS= EPOCHS= SIZE= LOOKS= DEVICE= SEED= RUNS= FIGURES= BOXES=
 #   PYTHON=python uses an environment that is there already instead of making .venv
 
 ARCH    ?= resnet18
@@ -15,14 +15,17 @@ ENV := .venv/.runs
 DEV := .venv/.tests
 endif
 
-# The data that is used: what DATA= names, or what `make data` downloads.
-SOURCE  := $(if $(DATA),--data $(DATA))
-TRAIN   := $(SOURCE) --runs $(RUNS) $(if $(EPOCHS),--epochs $(EPOCHS)) $(if $(DEVICE),--device $(DEVICE)) \
-           $(if $(SEED),--seed $(SEED))
-TUNE    := $(if $(WEIGHTS),--weights $(WEIGHTS)) $(if $(SIZE),--size $(SIZE))
-NETWORKS := $(RUNS)/$(ARCH)/best.pt $(RUNS)/cnn/best.pt
+# Every value of a user's stands in quotes: names may hold spaces, and `rm` must never see two names where one was meant.
+# A prerequisite cannot hold a space, so whether a training has ended is asked in the recipe (`trained`), not by a rule.
+SOURCE  := $(if $(DATA),--data "$(DATA)")
+TRAIN   := $(SOURCE) --runs "$(RUNS)" $(if $(EPOCHS),--epochs "$(EPOCHS)") $(if $(DEVICE),--device "$(DEVICE)") \
+           $(if $(SEED),--seed "$(SEED)")
+TUNE    := $(if $(WEIGHTS),--weights "$(WEIGHTS)") $(if $(SIZE),--size "$(SIZE)") $(if $(LOOKS),--looks "$(LOOKS)")
+NETWORKS := $(if $(filter cnn,$(ARCH)),,"$(RUNS)/$(ARCH)/best.pt") "$(RUNS)/cnn/best.pt"
+# result.json is the last file that a training writes: where it is missing, train, or go on training.
+trained = [ -e "$(RUNS)/$(1)/result.json" ] || $(MAKE) --no-print-directory $(2)
 
-.PHONY: help demo data train-cnn finetune figure score test test-long bench lint clean
+.PHONY: help demo data train-cnn finetune networks figure score test test-long bench lint clean clean-runs
 .DELETE_ON_ERROR:
 
 help:  ## this list
@@ -30,36 +33,33 @@ help:  ## this list
 	@sed -nE 's/^#   (.*)/  \1/p' $(MAKEFILE_LIST)
 
 # The drawn photos are no ImageNet photos, and there is no network to get weights from: here the ResNet learns from scratch.
-DEMO    := --data data/demo --runs $(RUNS)/demo $(if $(DEVICE),--device $(DEVICE))
-DEMOED  := $(RUNS)/demo/resnet18/best.pt $(RUNS)/demo/cnn/best.pt
+DEMO    := --data data/demo --runs "$(RUNS)/demo" $(if $(DEVICE),--device "$(DEVICE)")
+DEMOED  := "$(RUNS)/demo/resnet18/best.pt" "$(RUNS)/demo/cnn/best.pt"
 demo: $(ENV)  ## everything, offline, on photos that are drawn here: two networks, the figure, the scores
 	$(PYTHON) tests/demo.py data/demo
 	$(PYTHON) train.py cnn $(DEMO) --epochs 10
 	$(PYTHON) train.py resnet18 $(DEMO) --epochs 7 --weights none --unfreeze --lr 0.01 --batch-size 32 --crop 96 --size 128
-	$(PYTHON) cam.py figure --data data/demo --models $(DEMOED) --out $(FIGURES)/demo.png
-	$(PYTHON) score.py $(DEMOED) --data data/demo --deletion 0 --out $(FIGURES)/demo-scores
+	$(PYTHON) score.py $(DEMOED) --data data/demo --deletion 0 --out "$(FIGURES)/demo-scores"
+	$(PYTHON) cam.py figure --data data/demo --models $(DEMOED) --out "$(FIGURES)/demo.png"
 
 data: $(ENV)  ## ImageNette-160: downloaded, or from DATA=; checked and decoded
-	$(PYTHON) data.py $(DATA)
+	$(PYTHON) data.py $(if $(DATA),"$(DATA)")
 
 train-cnn: data  ## the CNN from scratch: 64 x 64 crops, 100 epochs, best kept
 	$(PYTHON) train.py cnn $(TRAIN)
 
 finetune: data  ## ARCH (resnet18), ImageNet weights, all frozen but the last layer, 5 epochs
-	$(PYTHON) train.py $(ARCH) $(TRAIN) $(TUNE)
+	$(PYTHON) train.py "$(ARCH)" $(TRAIN) $(TUNE)
 
-figure: $(RUNS)/$(ARCH)/result.json $(RUNS)/cnn/result.json  ## ten photos and the maps of both networks
-	$(PYTHON) cam.py figure $(SOURCE) --models $(NETWORKS) --out $(FIGURES)/figure.png
+networks: data
+	@$(if $(filter cnn,$(ARCH)),,$(call trained,$(ARCH),finetune))
+	@$(call trained,cnn,train-cnn)
 
-score: $(RUNS)/$(ARCH)/result.json $(RUNS)/cnn/result.json  ## accuracy, faithfulness, localisation, as one table
-	$(PYTHON) score.py $(NETWORKS) $(SOURCE) $(if $(BOXES),--boxes $(BOXES)) --out $(FIGURES)/scores
+figure: networks  ## ten photos and the maps of both networks
+	$(PYTHON) cam.py figure $(SOURCE) --models $(NETWORKS) --out "$(FIGURES)/figure.png"
 
-# result.json is the last file that a training writes: where it is missing, train, or go on training.
-$(RUNS)/cnn/result.json:
-	@$(MAKE) --no-print-directory train-cnn
-
-$(RUNS)/$(ARCH)/result.json:
-	@$(MAKE) --no-print-directory finetune
+score: networks  ## accuracy, faithfulness, localisation, as tables
+	$(PYTHON) score.py $(NETWORKS) $(SOURCE) $(if $(BOXES),--boxes "$(BOXES)") --out "$(FIGURES)/scores"
 
 test: $(DEV)  ## the tests, offline, a few minutes
 	$(PYTHON) -m pytest
@@ -68,16 +68,22 @@ test-long: $(DEV)  ## longer proofs, some minutes more
 	$(PYTHON) -m pytest -m long
 
 bench: data .peers  ## speed and memory against the usual way, side by side, a quarter of an hour
-	$(PYTHON) tests/bench.py $(SOURCE) $(if $(DEVICE),--device $(DEVICE)) --peers .peers
+	$(PYTHON) tests/bench.py $(SOURCE) $(if $(DEVICE),--device "$(DEVICE)") --peers .peers
 
 lint: $(DEV)  ## ruff
 	$(PYTHON) -m ruff check .
 
-clean:  ## remove results (runs, figures), not the data
-	rm -rf $(RUNS) $(FIGURES)
+clean:  ## remove figures and tables; trainings and data stay
+	rm -rf -- "$(FIGURES)"
+
+clean-runs:  ## remove the trainings in RUNS, hours of work perhaps
+	rm -rf -- "$(RUNS)"
 
 .venv/.runs: requirements.txt
-	python3 -m venv .venv
+	@python3 -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	    { echo "make: this needs Python 3.11 or newer as python3, or PYTHON=path/to/one with the packages in it" >&2; exit 2; }
+	@python3 -m venv .venv || { rm -rf .venv; echo "make: python3 cannot make an environment (on Debian and Ubuntu:" \
+	    "apt install python3-venv), or name one that is there with PYTHON=" >&2; exit 2; }
 	.venv/bin/python -m pip install --quiet -r requirements.txt
 	@touch $@
 

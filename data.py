@@ -1,8 +1,9 @@
-"""ImageNette-160: get it, check it, decode it once, hand out batches.
+"""Photos in class folders: get them, check them, decode them once, hand out batches.
 
-    python data.py                              download the public archive (99 MB), unpack, decode
-    python data.py path/to/imagenette2-160.tgz  the same from an archive that is there already
-    python data.py path/to/folder               use a folder: {train,val}/{n01440764,...}/*.JPEG
+    python data.py                              ImageNette-160: download (99 MB), unpack, decode
+    python data.py path/to/folder               a folder of class folders, see `check`
+    python data.py path/to/archive              the same as a .tgz, .tar or .zip
+    python data.py path/to/folder --side 320    stored with a shortest side of 320 px, not 256
 
 In code:
 
@@ -10,7 +11,7 @@ In code:
     for images, labels in data.train_batches(photos, size=64, batch_size=128, generator=generator):
         ...                                     # (B, 3, 64, 64) float32, normalised; (B,) int64
 
-JPEGs are decoded a single time into one file of uint8 pixels, which is memory-mapped from then on.
+Photos are decoded a single time into one file of uint8 pixels, which is memory-mapped from then on.
 A crop is a box in pixels, and cropping, resizing and mirroring a whole batch is two matrix products
 (see `resample`). This file imports nothing of the project: copy it alone and it works.
 """
@@ -21,18 +22,22 @@ import glob
 import gzip
 import hashlib
 import http.client
+import io
 import json
 import os
 import shutil
+import stat
 import sys
 import tarfile
 import time
 import urllib.error
 import urllib.request
+import zipfile
 import zlib
+from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 
 import numpy as np
 import torch
@@ -45,19 +50,28 @@ except ImportError:  # Windows: no lock, so two processes may do the same work t
 
 URL = "https://s3.amazonaws.com/fast-ai-imageclas/imagenette2-160.tgz"
 ARCHIVE_BYTES, ARCHIVE_MD5 = 99_003_388, "e793b78cc4c9e9a4ccc0c1155377a412"
-COUNTS = {"train": 9_469, "val": 3_925}
-CLASSES = {  # folder (WordNet id) -> name; the order is the label
-    "n01440764": "tench", "n02102040": "English springer", "n02979186": "cassette player",
-    "n03000684": "chain saw", "n03028079": "church", "n03394916": "French horn",
-    "n03417042": "garbage truck", "n03425413": "gas pump", "n03445777": "golf ball",
-    "n03888257": "parachute",
-}  # fmt: skip
+COUNTS = {"train": 9_469, "val": 3_925}  # of the public ImageNette
+CLASSES = {  # ImageNette's class folders (WordNet ids) -> shown names
+    "n01440764": "tench", "n02102040": "English springer", "n02979186": "cassette player", "n03000684": "chain saw",
+    "n03028079": "church", "n03394916": "French horn", "n03417042": "garbage truck", "n03425413": "gas pump",
+    "n03445777": "golf ball", "n03888257": "parachute",
+}
+WORDS = CLASSES | {  # and Imagewoof's; all others are shown by their folder's name
+    "n02086240": "Shih-Tzu", "n02087394": "Rhodesian ridgeback", "n02088364": "beagle", "n02089973": "English foxhound",
+    "n02093754": "Border terrier", "n02096294": "Australian terrier", "n02099601": "golden retriever",
+    "n02105641": "Old English sheepdog", "n02111889": "Samoyed", "n02115641": "dingo",
+}
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, RGB in 0..1
 SUFFIXES = {".jpeg", ".jpg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm"}
 FORMATS = ("JPEG", "PNG", "BMP", "GIF", "TIFF", "WEBP", "PPM")  # Pillow gives PostScript to Ghostscript, to be run
+UNREAD = {".heic", ".heif", ".avif", ".jxl", ".jp2", ".dng", ".cr2", ".cr3", ".nef", ".arw"}  # photos, but not for us
+VAL_NAMES = ("val", "valid", "validation", "test")  # of the folder to validate on, the first that is there
+VAL_SHARE = 0.15  # of each class, set aside to validate on where there is no such folder
+SHORT_SIDE = 256  # px, the shortest side that larger photos are reduced to
 CROP_AREA = (0.35, 1.0)  # least and largest share of a photo that a random resized crop shows
-MAX_FILES, MAX_BYTES = 20_000, 3 * 2**30  # no ImageNette archive, full size included, holds more
 MAX_PIXELS = 100_000_000  # of one photo
+MAX_BATCH = 2**25  # pixels that are resampled at a time, padding included: 0.4 GB in float32
+MAX_FILES, SPARE_BYTES = 2_000_000, 2**30  # of an archive; what unpacking leaves free on the disk
 STAMP = ".archive.json"  # in an unpacked folder: which archive it came from
 
 
@@ -86,18 +100,25 @@ def atomic(path):
 
 @contextlib.contextmanager
 def lock(path, wait=True):
-    """Hold `path`.lock, so that of several processes one works and the others wait for its result."""
+    """Hold `path`.lock, so that of several processes one works and the others wait for its result.
+
+    wait=False: DataError where another process holds it. Without locks (Windows, some network drives) nobody waits:
+    two may do the same work, and files stay whole.
+    """
     with open(f"{path}.lock", "w") as file:
-        if fcntl:
-            try:
+        held = fcntl is not None
+        try:
+            if fcntl:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                if not wait:
-                    raise DataError(f"{path} is in use by another process: wait until it ends") from None
-                print(f"waiting for another process that is making {path}", file=sys.stderr)
-                fcntl.flock(file, fcntl.LOCK_EX)
-            for left in Path(path).parent.glob(f"{glob.escape(Path(path).name)}.[0-9]*.part"):  # by one that was killed
-                shutil.rmtree(left) if left.is_dir() else left.unlink()
+        except BlockingIOError:
+            if not wait:
+                raise DataError(f"{path} is in use by another process: wait until it ends") from None
+            print(f"waiting for another process that is making {path}", file=sys.stderr)
+            fcntl.flock(file, fcntl.LOCK_EX)
+        except OSError:
+            held = False
+        for left in Path(path).parent.glob(f"{glob.escape(Path(path).name)}.[0-9]*.part") if held else ():
+            shutil.rmtree(left) if left.is_dir() else left.unlink()  # by a process that was killed
         yield
 
 
@@ -163,72 +184,160 @@ def download(url, target, size, md5, tries=6, timeout=30):
     os.replace(part, target)
 
 
+def members(archive):
+    """All that a .zip, .tar or .tgz holds, from first to last: (name, bytes, open file, or None for a folder)."""
+    with open(archive, "rb") as file:
+        magic = file.read(2)
+        file.seek(0)
+        if magic == b"PK":
+            with zipfile.ZipFile(file) as archive_file:
+                for info in archive_file.infolist():
+                    if stat.S_IFMT(info.external_attr >> 16) not in (0, stat.S_IFREG, stat.S_IFDIR):
+                        raise DataError(f"{archive} holds a link or a device ({info.filename}): not unpacked")
+                    yield info.filename, info.file_size, None if info.is_dir() else archive_file.open(info)
+            return
+        stream = gzip.open(file) if magic == b"\x1f\x8b" else file
+        with tarfile.open(fileobj=stream, mode="r|") as tar:
+            for info in tar:
+                if not (info.isfile() or info.isdir()):
+                    raise DataError(f"{archive} holds a link or a device ({info.name}): not unpacked")
+                yield info.name, info.size, None if info.isdir() else tar.extractfile(info)
+            blocks = list(iter(lambda: tar.fileobj.read(1 << 16), b""))  # to the end, where gzip keeps its checksum
+            if not blocks or any(block.strip(b"\0") for block in blocks):
+                raise EOFError("the end of the archive is missing")
+
+
+def unpack(archive, folder):
+    """Write all files of an archive below `folder`; returns how many. What could do harm raises DataError."""
+    files, size, room = 0, 0, shutil.disk_usage(folder.parent).free - SPARE_BYTES
+    for name, length, file in members(archive):
+        files, size = files + 1, size + length
+        if files > MAX_FILES or size > room:
+            raise DataError(f"{archive} holds more than fits here ({MAX_FILES:,} files, or {max(room, 0):,} bytes, "
+                            f"which leave {SPARE_BYTES:,} free on the disk): not unpacked")
+        inside = PureWindowsPath(name)  # knows both slashes, and drives
+        if inside.anchor or ".." in inside.parts:
+            raise DataError(f"{archive} would write outside its folder ({name}): not unpacked")
+        if "__MACOSX" in inside.parts:  # a Mac's notes on each file
+            continue
+        target = folder / name
+        (target.parent if file else target).mkdir(parents=True, exist_ok=True)
+        if file:
+            with file, open(target, "wb") as copy:
+                shutil.copyfileobj(file, copy)
+                if copy.tell() != length:
+                    raise EOFError(f"{name} ends early")
+    return files
+
+
 def extract(archive, folder, stamp):
-    """Unpack a .tgz safely, its top folder becoming `folder`, with the text `stamp` in it; all of it or nothing."""
-    temporary = Path(f"{folder}.{os.getpid()}.part")
+    """Unpack an archive safely, its top folder becoming `folder`, with the text `stamp` in it; all of it or nothing."""
+    temporary, started = Path(f"{folder}.{os.getpid()}.part"), time.time()
     shutil.rmtree(temporary, ignore_errors=True)
-    started, files, size = time.time(), 0, 0
     try:
-        with gzip.open(archive) as stream:
-            with tarfile.open(fileobj=stream, mode="r|") as tar:
-                for member in tar:
-                    files, size = files + 1, size + member.size
-                    if files > MAX_FILES or size > MAX_BYTES:
-                        raise DataError(f"{archive} holds more than an ImageNette can "
-                                        f"({MAX_FILES:,} files, {MAX_BYTES:,} bytes): not unpacked")
-                    if member.name.startswith(("/", "\\")) or ".." in Path(member.name).parts:
-                        raise DataError(f"{archive} would write outside its folder ({member.name}): not unpacked")
-                    if not (member.isfile() or member.isdir()):
-                        raise DataError(f"{archive} holds a link or a device ({member.name}): not unpacked")
-                    tar.extract(member, temporary, filter="data", set_attrs=not member.isdir())
-            while stream.read(1 << 20):  # to the end, where gzip keeps its checksum
-                pass
+        temporary.mkdir()
+        files = unpack(archive, temporary)
         inside = [p for p in temporary.glob("*") if not p.name.startswith(".")]
         top = inside[0] if len(inside) == 1 and inside[0].is_dir() else temporary
         try:
             check(top)
         except DataError as error:
-            raise DataError(f"{archive} holds no ImageNette: {str(error).replace(str(top), folder.name)}") from error
+            raise DataError(f"{archive} cannot be used: {str(error).replace(str(top), folder.name)}") from error
         (top / STAMP).write_text(stamp)
         if os.path.lexists(folder):
             shutil.rmtree(folder)
         os.replace(top, folder)
-    except (EOFError, zlib.error, gzip.BadGzipFile, tarfile.TarError, OverflowError,
-            IsADirectoryError, NotADirectoryError) as error:
-        what = "would write outside its folder or is no plain file" if isinstance(error, tarfile.FilterError) else (
-            "is cut short, damaged or no .tgz")
-        raise DataError(f"{archive} {what} ({error}): nothing was unpacked; get it again") from error
+    except (EOFError, zlib.error, gzip.BadGzipFile, tarfile.TarError, zipfile.BadZipFile, OverflowError, RuntimeError,
+            IsADirectoryError, NotADirectoryError, FileExistsError) as error:  # RuntimeError: zip, encrypted or unusual
+        raise DataError(f"{archive} is cut short, damaged or no .tgz, .tar or .zip that can be read ({error}): nothing "
+                        "was unpacked; get it again") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     print(f"{folder}: {files:,} entries unpacked in {time.time() - started:.1f} s", file=sys.stderr)
 
 
+# ---------------------------------------------------------------- what a folder holds
+
+
+def some(names, count=5):
+    """The first names of many, for a sentence."""
+    return ", ".join(sorted(names)[:count]) + ", ..." * (len(names) > count) or "none"
+
+
+def scan(folder):
+    """{class folder: [path of a photo, ...]}, both sorted, and the suffixes of what lies there and is no photo."""
+    classes, others = {}, []
+    for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
+        if entry.is_dir() and not entry.name.startswith("."):
+            photos = classes[entry.name] = []
+            for file in os.scandir(entry.path):
+                suffix = os.path.splitext(file.name)[1].lower()
+                is_photo = suffix in SUFFIXES and not file.name.startswith(".") and file.is_file()
+                photos.append(file.path) if is_photo else others.append(suffix)
+            photos.sort()
+    return classes, others
+
+
+def set_aside(paths):
+    """The photos of a class: those to train on, those to validate on. A hash of "class/name" decides, so that photos
+    that are added move no other across."""
+
+    def share(path):
+        name = "/".join(Path(path).parts[-2:])
+        return int.from_bytes(hashlib.blake2b(os.fsencode(name), digest_size=8).digest(), "big") / 2**64
+
+    if len(paths) < 2:
+        raise DataError(f"{Path(paths[0]).parent} holds one photo: a class needs two where there is no val/, as one is "
+                        "set aside to validate on")
+    ranked = sorted(paths, key=share)
+    count = min(max(1, sum(share(path) < VAL_SHARE for path in paths)), len(paths) - 1)
+    return sorted(ranked[count:]), sorted(ranked[:count])
+
+
 def check(folder):
-    """The photos of an ImageNette folder, {split: [path, ...]} in `ImageFolder`'s order, or a DataError."""
-    folder, photos = Path(folder), {}
-    for split in COUNTS:
-        if not (folder / split).is_dir():
-            raise DataError(f"{folder / split} is missing: an ImageNette folder has train/ and val/, "
-                            "each with ten class folders; `python data.py` downloads one")
-        found = {p.name for p in (folder / split).iterdir() if p.is_dir() and not p.name.startswith(".")}
-        for wrong, word in ((CLASSES.keys() - found, "missing"), (found - CLASSES.keys(), "not an ImageNette class")):
-            if wrong:
-                raise DataError(f"{folder / split / min(wrong)} is {word}: {split}/ holds the ten folders "
-                                f"{', '.join(CLASSES)}")
-        photos[split] = []
-        for wnid in CLASSES:
-            paths = sorted(e.path for e in os.scandir(folder / split / wnid) if e.is_file()
-                           and not e.name.startswith(".") and Path(e.name).suffix.lower() in SUFFIXES)
-            if not paths:
-                raise DataError(f"{folder / split / wnid} holds no photo: every class needs at least one")
-            photos[split] += paths
-    return photos
+    """What a folder of photos holds: ({split: [path, ...]}, [class folder, ...], [remark, ...]), in sorted order.
+
+    train/<class>/ beside val/<class>/ (or valid/, validation/, test/); or train/<class>/ or <class>/ alone, of
+    which a share is set aside for "val". Raises DataError where that is not so.
+    """
+    folder, remarks = Path(folder), []
+    here = {p.name for p in folder.iterdir() if p.is_dir()} if folder.is_dir() else set()
+    top = folder / "train" if "train" in here else folder
+    beside = next((folder / name for name in VAL_NAMES if name in here), None)
+    if beside and top == folder:
+        raise DataError(f"{folder / 'train'} is missing, beside {beside.name}/: it holds a folder of photos per class")
+    train, others = scan(top) if here else ({}, [])
+    if len(train) < 2:
+        raise DataError(f"{top} holds {len(train)} class folders: two or more are needed, each with the photos of a "
+                        "class; `python data.py` downloads ImageNette")
+    val, more = scan(beside) if beside else ({}, [])
+    others += more
+    unread = [suffix for suffix in others if suffix in UNREAD]
+    hint = f" ({len(unread)} of them {some(set(unread))}: convert them to JPEG)" if unread else ""
+    empty, unknown = [label for label in train if not train[label]], sorted(val.keys() - train.keys())
+    if empty:
+        raise DataError(f"{top / empty[0]} holds no photo that can be read here{hint}: every class needs at least one")
+    if unknown:
+        raise DataError(f"{beside / unknown[0]} is a class that {top} lacks: add its photos there, or remove it")
+    if any(val.values()):
+        lacking = [label for label in train if not val.get(label)]
+        remarks += [f"{beside.name}/ is used to validate on"] * (beside.name != "val")
+        remarks += [f"no val photos of {len(lacking)} classes ({some(lacking)})"] * bool(lacking)
+    else:
+        pairs = {label: set_aside(paths) for label, paths in train.items()}
+        train, val = ({label: pair[i] for label, pair in pairs.items()} for i in (0, 1))
+        remarks += [f"{sum(map(len, val.values())):,} photos, about {VAL_SHARE:.0%} of each class, set aside to "
+                    "validate on, as there is no val/ with photos"]
+    remarks += [f"{len(others):,} entries that are no photos skipped{hint}"] * bool(others)
+    splits = {split: [path for label in train for path in found.get(label, ())]
+              for split, found in (("train", train), ("val", val))}
+    return splits, list(train), remarks
 
 
 def prepare(source=None, root="data"):
-    """The checked ImageNette folder that `source` stands for; does nothing, fast, when it is there already.
+    """The checked folder of photos that `source` stands for; does nothing, fast, when it is there already.
 
-    source: a folder; an archive (.tgz), unpacked under `root`; or None, the public archive, downloaded there.
+    source: a folder; an archive, unpacked under `root`; or None, the public ImageNette, downloaded there.
     Raises DataError with a sentence for the user.
     """
     root = Path(root)
@@ -244,7 +353,7 @@ def prepare(source=None, root="data"):
         raise DataError(f"{source} does not exist: `python data.py` downloads ImageNette, or name a folder or an "
                         "archive that is there (DATA= for make, --data for the scripts)")
     if source.is_file():
-        folder = root / source.name.removesuffix(".gz").removesuffix(".tar").removesuffix(".tgz")
+        folder = root / source.name.removesuffix(".gz").removesuffix(".tar").removesuffix(".tgz").removesuffix(".zip")
         stamp, status = folder / STAMP, source.stat()
         identity = json.dumps({"name": source.name, "bytes": status.st_size, "mtime": status.st_mtime_ns})
         root.mkdir(parents=True, exist_ok=True)
@@ -255,21 +364,37 @@ def prepare(source=None, root="data"):
                                     "or move it away")
                 extract(source, folder, identity)
         source = folder
-    counts = {split: len(paths) for split, paths in check(source).items()}
-    usual = "" if counts == COUNTS else f" (the public ImageNette has {COUNTS['train']:,} and {COUNTS['val']:,})"
-    print(f"{source}: {counts['train']:,} train and {counts['val']:,} val photos{usual}", file=sys.stderr)
+    photos, classes, remarks = check(source)
+    counts = {split: len(paths) for split, paths in photos.items()}
+    if classes == list(CLASSES) and counts != COUNTS:
+        remarks = [f"the public ImageNette has {COUNTS['train']:,} and {COUNTS['val']:,}", *remarks]
+    counted = f"{counts['train']:,} train and {counts['val']:,} val photos of {len(classes):,} classes"
+    for line in (counted, *remarks):
+        print(f"{source}: {line}", file=sys.stderr)
     return source
 
 
 # ---------------------------------------------------------------- decoding, once
 
 
-def decode(file, name=None):
-    """A photo (path or open file) as upright RGB, (H, W, 3) uint8, whatever its mode; DataError names it."""
+def reduced(size, side):
+    """A (width, height) whose shortest side is `side`."""
+    return tuple(round(length * side / min(size)) for length in size)
+
+
+def decode(file, name=None, side=None):
+    """A photo (path or open file) as upright RGB, (H, W, 3) uint8, whatever its mode; DataError names it.
+
+    side: px; a photo whose shortest side is larger is reduced to that.
+    """
+    raw = b""
     try:
-        with Image.open(file, formats=FORMATS) as image:
+        raw = file.read() if hasattr(file, "read") else Path(file).read_bytes()
+        with Image.open(io.BytesIO(raw), formats=FORMATS) as image:
             if image.width * image.height > MAX_PIXELS:
                 raise ValueError(f"{image.width} x {image.height} pixels are more than {MAX_PIXELS:,}")
+            if side and min(image.size) > side:  # a JPEG decodes to 1/2, 1/4 or 1/8 at once, no smaller than this
+                image.draft(None, reduced(image.size, side))
             image.load()
             image = ImageOps.exif_transpose(image)
             if image.mode.startswith("I"):  # 16 bits a channel
@@ -277,39 +402,32 @@ def decode(file, name=None):
             if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
                 image = image.convert("RGBA")  # transparent means white
                 image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-            return np.array(image.convert("RGB"))
+            image = image.convert("RGB")
+            if side and min(image.size) > side:
+                image = image.resize(reduced(image.size, side), Image.BICUBIC)
+            return np.array(image)
     except Exception as error:  # Pillow's decoders raise nearly every type there is on a damaged file
-        text = str(error) or type(error).__name__
+        name, text = name or file, str(error) or type(error).__name__
         if isinstance(error, FileNotFoundError):
-            raise DataError(f"{name or file} does not exist: name a photo that is there") from error
-        raise DataError(f"{name or file} cannot be read as a photo ({text}): replace or remove it") from error
+            raise DataError(f"{name} does not exist: name a photo that is there") from error
+        if raw[4:8] == b"ftyp" or Path(str(name)).suffix.lower() in UNREAD:  # whatever a phone calls it
+            raise DataError(f"{name} is in a format that is not read here (HEIC, AVIF): convert it to JPEG") from error
+        raise DataError(f"{name} cannot be read as a photo ({text}): replace or remove it") from error
 
 
 @dataclass
 class Photos:
     """The photos of one split, decoded: plain tensors, one entry of each per photo."""
 
-    pixels: torch.Tensor  # (all pixels, 3) uint8, photo after photo, row after row; memory-mapped
-    start: torch.Tensor  # (N,) int64, where in `pixels` a photo begins
+    pixels: torch.Tensor  # (all pixels, 3) uint8, photo after photo, row after row; memory-mapped, or on `device`
+    start: torch.Tensor  # (N,) int64, where in `pixels` a photo begins; on the CPU, like all that follow
     height: torch.Tensor  # (N,) int64
     width: torch.Tensor  # (N,) int64
     labels: torch.Tensor  # (N,) int64
     names: list  # N paths relative to the split's folder: "n01440764/ILSVRC2012_val_00009111.JPEG"
     classes: list = ()  # K shown names, in the order of the labels
     digests: list = ()  # N hashes of the files' bytes
-    fingerprint: str = ""  # of names and digests
-
-    @property
-    def device(self):
-        """Where batches arrive."""
-        return self.pixels.device
-
-    def relabelled(self, classes):
-        """The photos with labels in the order of `classes`; DataError where these are other classes."""
-        if set(classes) != set(self.classes):
-            raise DataError(f"the photos are of {', '.join(self.classes)}; the network knows {', '.join(classes)}")
-        order = torch.tensor([list(classes).index(name) for name in self.classes])
-        return replace(self, labels=order[self.labels], classes=list(classes))
+    device: torch.device = torch.device("cpu")  # where batches arrive
 
     def __len__(self):
         return len(self.labels)
@@ -319,6 +437,12 @@ class Photos:
         h, w, start = int(self.height[i]), int(self.width[i]), int(self.start[i])
         return self.pixels[start : start + h * w].view(h, w, 3)
 
+    @property
+    def fingerprint(self):
+        """A short string that another name, file or stored size of any photo changes."""
+        facts = [self.names, list(self.digests), self.height.tolist(), self.width.tolist()]
+        return hashlib.blake2b(json.dumps(facts).encode(), digest_size=16).hexdigest()
+
     def subset(self, index):
         """The photos of `index` (N',) int64; the pixels are shared."""
         chosen = index.tolist()
@@ -326,11 +450,22 @@ class Photos:
                        labels=self.labels[index], names=[self.names[i] for i in chosen],
                        digests=[self.digests[i] for i in chosen] if self.digests else ())
 
+    def relabelled(self, classes):
+        """The photos with labels in the order of `classes`, a list of shown names; DataError names what differs."""
+        if set(classes) != set(self.classes):
+            ours, theirs = set(self.classes) - set(classes), set(classes) - set(self.classes)
+            raise DataError(f"the photos are of other classes than the network's (the photos' alone: {some(ours)}; the "
+                            f"network's alone: {some(theirs)}): name the data that it was trained on")
+        order = torch.tensor([list(classes).index(name) for name in self.classes])
+        return replace(self, labels=order[self.labels], classes=list(classes))
+
     def to(self, device):
-        """With all tensors on `device`: batches are then cut there, and nothing crosses over in an epoch."""
-        tensors = (self.pixels, self.start, self.height, self.width, self.labels)
-        pixels, start, height, width, labels = (t.to(device) for t in tensors)
-        return replace(self, pixels=pixels, start=start, height=height, width=width, labels=labels)
+        """With batches on `device`. The pixels move there if they fit: on CUDA into half of the memory that is free,
+        on MPS into the 4 GiB of one tensor. Else they stay, and every batch is moved when it is made."""
+        device = torch.device(device)
+        room = {"cuda": lambda: torch.cuda.mem_get_info(device)[0] / 2, "mps": lambda: 2**32}.get(device.type)
+        fit = self.pixels.device == device or room is None or self.pixels.numel() < room()
+        return replace(self, pixels=self.pixels.to(device) if fit else self.pixels, device=device)
 
 
 def from_arrays(images, labels=None):
@@ -343,69 +478,102 @@ def from_arrays(images, labels=None):
                   [str(i) for i in range(len(images))])
 
 
-def load(folder, split, skip_bad=False):
-    """The `split` ("train" or "val") of an ImageNette folder as `Photos`, decoding it if nobody has yet.
+def shared(train, val):
+    """How many photos of `val` are, byte for byte, in `train` too."""
+    known = set(train.digests)
+    return sum(digest in known for digest in val.digests)
 
-    The pixels lie in one file in the folder (in ./data where it is read-only), made anew when a photo has
-    been added, removed or changed. A damaged photo raises DataError, or is left out and counted (skip_bad).
-    """
+
+def pixels_path(folder, split):
+    """The file of a split's pixels: in the folder of the photos, or in ./data where that one is read-only."""
     folder = Path(folder)
-    paths = check(folder)[split]
-    status = [os.stat(p) for p in paths]
-    key = hashlib.sha256(repr([(p[len(str(folder)) :], s.st_size, s.st_mtime_ns)
-                               for p, s in zip(paths, status, strict=True)]).encode()).hexdigest()
-    cache = folder if os.access(folder, os.W_OK) else Path("data")
+    if os.access(folder, os.W_OK):
+        return folder / f"{split}.pixels"
+    folder, cache = folder.resolve(), Path("data")
     cache.mkdir(exist_ok=True)
-    packed = cache / (f"{split}.pixels" if cache == folder else f"{folder.name}-{key[:12]}-{split}.pixels")
+    return cache / f"{folder.name}-{hashlib.sha256(os.fsencode(folder)).hexdigest()[:12]}-{split}.pixels"
+
+
+def load(folder, split, skip_bad=False, side=None):
+    """The `split` ("train" or "val") of a folder that `prepare` returned, as `Photos`, decoding it if nobody has yet.
+
+    The pixels lie in one file (see `pixels_path`), made anew when a photo has been added, removed or changed.
+    skip_bad: a damaged photo is left out and counted, else it raises DataError. side: px, the shortest side that
+    larger photos are reduced to. Both are stored with the pixels; without them, what is stored holds.
+    """
+    photos, classes, _ = check(folder)
+    facts = [(path[len(str(folder)) :], status.st_size, status.st_mtime_ns)
+             for path in photos[split] for status in [os.stat(path)]]
+    key = hashlib.sha256(repr([classes, facts]).encode()).hexdigest()
+    packed = pixels_path(folder, split)
     with lock(packed):
-        index = read_index(packed)
-        if not index or index["key"] != key:
-            pack(folder / split, paths, packed, key, skip_bad)
+        index = read_index(packed) or {}
+        side, skip_bad = side or index.get("side", SHORT_SIDE), skip_bad or index.get("skip_bad", False)
+        wanted = {"key": key, "side": side}
+        if not wanted.items() <= index.items():
+            try:
+                pack(photos[split], classes, packed, key, side, skip_bad, f"{folder}, {split}")
+            except PermissionError as error:  # Windows replaces no file that is mapped, by another process perhaps
+                if not wanted.items() <= (read_index(packed) or {}).items():
+                    raise DataError(f"{packed} cannot be replaced ({error.strerror}): end what uses it") from error
             index = read_index(packed)
     if index["bad"]:
-        print(f"{folder / split}: {len(index['bad'])} damaged photos left out, {index['bad'][0]}...", file=sys.stderr)
+        print(f"{folder}, {split}: {len(index['bad'])} damaged photos left out, {index['bad'][0]}...", file=sys.stderr)
     pixels = torch.from_numpy(np.memmap(packed, np.uint8, "c", shape=(index["pixels"], 3)))  # "c": never written back
     height, width = torch.tensor(index["sizes"]).T.contiguous()
     start = torch.cumsum(height * width, 0) - height * width
+    shown = [WORDS.get(name, name) for name in classes]
     return Photos(pixels, start, height, width, torch.tensor(index["labels"]), index["names"],
-                  list(CLASSES.values()), [], key)
+                  shown if len(set(shown)) == len(shown) else classes, index["digests"])
 
 
-def pack(folder, paths, packed, key, skip_bad):
-    """Decode `paths` with one thread per core (Pillow lets go of the interpreter) into the file `packed`:
-    all pixels, then an index in JSON, then the index's length in 8 bytes."""
-    sizes, labels, names, bad, started = [], [], [], [], time.time()
-    wnids = list(CLASSES)
+def decode_all(paths, side):
+    """Yields (pixels, digest) of each photo, or (what is wrong, None), in order. A thread per core decodes, as Pillow
+    lets go of the interpreter; no more than a few photos wait in memory."""
 
-    def try_decode(path):
+    def read(path):
         try:
-            return decode(path)
-        except DataError as error:
-            return error
+            raw = Path(path).read_bytes()
+            return decode(io.BytesIO(raw), path, side), hashlib.blake2b(raw, digest_size=8).hexdigest()
+        except (DataError, OSError) as error:
+            return error, None
 
-    others = sum(1 for _, _, files in os.walk(folder) for f in files) - len(paths)
-    with atomic(packed) as file, ThreadPoolExecutor(os.cpu_count()) as threads:
-        for chunk in range(0, len(paths), 512):  # bounds the memory that waits to be written
-            chunk_paths = paths[chunk : chunk + 512]
-            for path, image in zip(chunk_paths, threads.map(try_decode, chunk_paths), strict=True):
-                if isinstance(image, DataError):
-                    if not skip_bad:
-                        raise DataError(f"{image}, or go on without such files: `python data.py {folder.parent} "
-                                        "--skip-bad`, and --skip-bad for train.py")
-                    bad.append(path)
-                    continue
-                file.write(image.data)
-                sizes.append(image.shape[:2])
-                names.append(Path(path).relative_to(folder).as_posix())
-                labels.append(wnids.index(Path(path).parent.name))
-            progress(f"decoding {folder}:", chunk + len(chunk_paths), len(paths), started, "photos")
-        if len(set(labels)) < len(CLASSES):
-            raise DataError(f"{folder} has a class without a single readable photo: replace the damaged files")
-        pixels = sum(h * w for h, w in sizes)
-        index = json.dumps(dict(key=key, pixels=pixels, sizes=sizes, labels=labels, names=names, bad=bad)).encode()
-        file.write(index + len(index).to_bytes(8, "little"))
-    if others:
-        print(f"{folder}: {others} files that are no photos skipped", file=sys.stderr)
+    with ThreadPoolExecutor(os.cpu_count()) as threads:
+        waiting = deque()
+        for path in paths:
+            waiting.append(threads.submit(read, path))
+            if len(waiting) > 4 * os.cpu_count():
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+
+
+def pack(paths, classes, packed, key, side, skip_bad, label):
+    """Decode `paths` into the file `packed`: all pixels, then an index in JSON, then the index's length in 8 bytes.
+    label: of the photos, for people."""
+    index = dict(key=key, side=side, skip_bad=skip_bad, pixels=0, sizes=[], labels=[], names=[], digests=[], bad=[])
+    number, started = {name: k for k, name in enumerate(classes)}, time.time()
+    with atomic(packed) as file:
+        for done, (path, (image, digest)) in enumerate(zip(paths, decode_all(paths, side), strict=True), 1):
+            progress(f"decoding {label}:", done, len(paths), started, "photos")
+            if isinstance(image, Exception):
+                if not skip_bad:
+                    raise DataError(f"{image}, or go on without such files: `python data.py {packed.parent} "
+                                    "--skip-bad`, once") from image
+                index["bad"].append(path)
+                continue
+            file.write(image.data)
+            *_, name, photo = Path(path).parts
+            index["pixels"] += image.shape[0] * image.shape[1]
+            index["sizes"].append(image.shape[:2])
+            index["labels"].append(number[name])
+            index["names"].append(f"{name}/{photo}")
+            index["digests"].append(digest)
+        lost = {Path(path).parent.name for path in paths} - {classes[label] for label in index["labels"]}
+        if lost:
+            raise DataError(f"{label}: {some(lost)} without a single readable photo: replace the damaged files")
+        text = json.dumps(index).encode()
+        file.write(text + len(text).to_bytes(8, "little"))
 
 
 def read_index(packed):
@@ -416,8 +584,8 @@ def read_index(packed):
             length = int.from_bytes(file.read(8), "little")
             file.seek(end - length)
             index = json.loads(file.read(length))
-        whole = index.keys() >= {"key", "sizes", "labels", "names", "bad"} and index["pixels"] * 3 + length == end
-        return index if whole else None
+        known = {"key", "side", "sizes", "labels", "names", "digests", "bad"}
+        return index if index.keys() >= known and index["pixels"] * 3 + length == end else None
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
 
@@ -439,37 +607,56 @@ def filter_weights(start, length, size, n, limit):
     return weights.div_(weights.sum(2, keepdim=True))
 
 
+def span(start, length, size, limit):
+    """First pixel and number of pixels of a line that `filter_weights` weighs: (B,) int64 each."""
+    reach = (length / size).clamp(min=1)
+    first = (start - reach).floor().clamp(min=0)
+    return first.long(), ((start + length + reach).ceil().minimum(limit) - first).long()
+
+
+def send(tensor, device):
+    """A tensor of the CPU on `device`, without waiting for the device."""
+    if device.type == "cuda" and tensor.device.type == "cpu":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
+
+
 def resample(photos, index, boxes, size, flip=None, dtype=torch.float32):
     """Cut `boxes` out of the photos `index`, resize them to size x size and normalise: (B, 3, size, size) `dtype`.
 
-    boxes: (B, 4) float, y, x, height, width in pixels; flip: (B,) bool, mirror or not. Resizing is linear
-    along each axis, so a whole batch is two matrix products: rows, then columns. In bfloat16, which holds every grey
-    level exactly, they are faster, and the pixels that come out are off by a quarter of a grey level on average.
+    boxes: (B, 4) float, y, x, height, width in pixels; flip: (B,) bool, mirror or not; all on the CPU, so that nothing
+    waits for a device. Resizing is linear along each axis, so a whole batch is two matrix products: rows, then columns.
+    In bfloat16, which holds every grey level exactly, they are faster, and the pixels that come out are off by a
+    quarter of a grey level on average.
     """
-    start, height, width = photos.start[index], photos.height[index], photos.width[index]
-    h, w = int(height.max()), int(width.max())
-    # Photos smaller than the batch's largest are padded by whatever follows in memory: its weight is zero.
-    rows = torch.arange(h, device=start.device)[:, None] * width[:, None, None]
-    cols = torch.arange(w, device=start.device)
-    flat = (start[:, None, None] + rows + cols).clamp_(max=len(photos.pixels) - 1)
-    images = photos.pixels.index_select(0, flat.flatten()).view(len(index), h, 3 * w).to(dtype)
+    flip = torch.zeros(len(index), dtype=torch.bool) if flip is None else flip
     y, x, box_height, box_width = boxes.T
-    along_y = filter_weights(y, box_height, size, h, height).to(dtype)  # (B, size, h)
-    along_x = filter_weights(x, box_width, size, w, width).to(dtype)  # (B, size, w)
-    if flip is not None:
-        along_x = torch.where(flip[:, None, None], along_x.flip(1), along_x)
-    images = torch.bmm(along_y, images).view(-1, size, w, 3)
+    top, rows = span(y, box_height, size, photos.height[index])
+    left, cols = span(x, box_width, size, photos.width[index])
+    h, w = int(rows.max()), int(cols.max())
+    if len(index) > 1 and len(index) * h * w > MAX_BATCH:
+        halves = zip(index.chunk(2), boxes.chunk(2), flip.chunk(2), strict=True)
+        return torch.cat([resample(photos, i, box, size, mirror, dtype) for i, box, mirror in halves])
+    device = photos.pixels.device
+    images = torch.zeros(len(index), h, w, 3, dtype=dtype, device=device)  # what is needed of each, padded with zeros
+    for n, (i, t, r, s, c) in enumerate(torch.stack([index, top, rows, left, cols], 1).tolist()):
+        images[n, :r, :c] = photos[i][t : t + r, s : s + c]
+    numbers = torch.stack([y - top, box_height, rows, x - left, box_width, cols, flip])
+    y, box_height, rows, x, box_width, cols, flip = send(numbers, device)  # (B,) float32 each
+    along_y = filter_weights(y, box_height, size, h, rows).to(dtype)  # (B, size, h)
+    along_x = filter_weights(x, box_width, size, w, cols).to(dtype)  # (B, size, w)
+    along_x = torch.where(flip[:, None, None] > 0, along_x.flip(1), along_x)
+    images = torch.bmm(along_y, images.view(len(index), h, 3 * w)).view(-1, size, w, 3)
     images = torch.einsum("nyxc,nzx->nyzc", images, along_x).contiguous()
-    mean, std = (torch.tensor(v, device=start.device) * 255 for v in (MEAN, STD))
-    return ((images - mean) / std).to(dtype).permute(0, 3, 1, 2)  # channels-last in memory
+    mean, std = send(255 * torch.tensor([MEAN, STD]), device)
+    return send(((images - mean) / std).to(dtype), photos.device).permute(0, 3, 1, 2)  # channels-last in memory
 
 
 def random_boxes(photos, index, generator, area=CROP_AREA, ratio=4 / 3):
     """Random resized crops (Szegedy et al. 2015): boxes (B, 4) of a share `area` of each photo, width : height
     between 1/ratio and ratio, anywhere in it; a box that would be wider or higher than the photo is cut to fit."""
-    index = index.to(photos.height.device)
     height, width = photos.height[index].float(), photos.width[index].float()
-    u, v, y, x = torch.rand(4, len(index), generator=generator).to(height.device)
+    u, v, y, x = torch.rand(4, len(index), generator=generator)
     pixels = (area[0] + (area[1] - area[0]) * u) * height * width
     aspect = ratio ** (2 * v - 1)
     h, w = torch.minimum((pixels / aspect).sqrt(), height), torch.minimum((pixels * aspect).sqrt(), width)
@@ -483,8 +670,7 @@ def plain_boxes(photos, index, size, generator):
         i = int(small[0])
         raise DataError(f"{photos.names[i]} has {int(photos.width[i])} x {int(photos.height[i])} pixels, fewer than "
                         f"the {size} x {size} crop: use a smaller --crop, or leave --plain-crop out")
-    index = index.to(photos.height.device)
-    y, x = torch.rand(2, len(index), generator=generator).to(photos.height.device)
+    y, x = torch.rand(2, len(index), generator=generator)
     room_y, room_x = photos.height[index] - size, photos.width[index] - size
     side = torch.full_like(y, size)
     return torch.stack([(y * (room_y + 1)).floor().minimum(room_y), (x * (room_x + 1)).floor().minimum(room_x),
@@ -500,11 +686,10 @@ def shuffled(count, batch_size, generator):
     return batches
 
 
-def train_batches(photos, size, batch_size, generator, area=CROP_AREA, plain=False, part=(0, 1),
-                  dtype=torch.float32):  # fmt: skip
+def train_batches(photos, size, batch_size, generator, area=CROP_AREA, plain=False, part=(0, 1), dtype=torch.float32):
     """One epoch: every photo once, shuffled, randomly cropped and mirrored; yields (images, labels).
 
-    images: (B, 3, size, size) `dtype`, normalised; labels: (B,) int64, both where `photos` is. plain: a
+    images: (B, 3, size, size) `dtype`, normalised; labels: (B,) int64, both on `photos.device`. plain: a
     size x size piece of the photo as it is, instead of a random resized crop. The generator (on the CPU)
     decides everything. part (i, n): only the i-th of n parts of every batch, for n processes side by side.
     """
@@ -514,34 +699,47 @@ def train_batches(photos, size, batch_size, generator, area=CROP_AREA, plain=Fal
         else:
             boxes = random_boxes(photos, index, generator, area)
         flip = torch.rand(len(index), generator=generator) < 0.5
-        index, boxes, flip = (t[part[0] :: part[1]].to(photos.labels.device) for t in (index, boxes, flip))
-        yield resample(photos, index, boxes, size, flip, dtype), photos.labels[index]
+        index, boxes, flip = (t[part[0] :: part[1]] for t in (index, boxes, flip))
+        yield resample(photos, index, boxes, size, flip, dtype), send(photos.labels[index], photos.device)
 
 
 def eval_batches(photos, size, batch_size):
     """All photos in order, each whole frame resized to size x size (its aspect squashed, nothing cut off, so that
     every pixel of a photo lies under its map). Yields (images, labels) like `train_batches`."""
-    for index in torch.arange(len(photos), device=photos.labels.device).split(batch_size):
-        zero = torch.zeros(len(index), device=index.device)
+    for index in torch.arange(len(photos)).split(batch_size):
+        zero = torch.zeros(len(index))
         boxes = torch.stack([zero, zero, photos.height[index], photos.width[index]], 1)
-        yield resample(photos, index, boxes, size), photos.labels[index]
+        yield resample(photos, index, boxes, size), send(photos.labels[index], photos.device)
 
 
 def main():
-    """The command line: prepare ImageNette and decode it."""
-    parser = argparse.ArgumentParser(description="ImageNette-160: get it, check it, decode it once.")
-    parser.add_argument("source", nargs="?", help="a .tgz or a folder; without it, the public archive is downloaded")
+    """The command line: prepare the photos and decode them."""
+    parser = argparse.ArgumentParser(description="Photos in class folders: get them, check them, decode them once.")
+    parser.add_argument("source", nargs="?", help="a folder, or a .tgz, .tar or .zip; without it, the public "
+                                                  "ImageNette is downloaded")
     parser.add_argument("--root", default="data", help="where archives are unpacked (default: data)")
-    parser.add_argument("--skip-bad", action="store_true", help="leave damaged photos out, and count them")
+    parser.add_argument("--skip-bad", action="store_true", help="leave damaged photos out, count them, and remember it")
+    parser.add_argument("--side", type=int, help="shortest side, in pixels, that larger photos are reduced to "
+                                                 f"(default: what is stored, or {SHORT_SIDE})")
     options = parser.parse_args()
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="backslashreplace")  # a name that this terminal has no letters for
+    if options.side is not None and options.side < 1:
+        parser.error(f"--side {options.side}: a photo has one pixel at least")
     try:
-        folder = prepare(options.source, options.root)
+        folder, photos = prepare(options.source, options.root), {}
         for split in COUNTS:
-            photos = load(folder, split, options.skip_bad)
-            print(f"{folder}/{split}.pixels: {len(photos):,} photos, {photos.pixels.numel() / 1e6:,.0f} MB")
+            photos[split] = load(folder, split, options.skip_bad, options.side)
+            size = photos[split].pixels.numel() / 1e6
+            print(f"{pixels_path(folder, split)}: {len(photos[split]):,} photos, {size:,.0f} MB")
+        if count := shared(**photos):
+            print(f"{folder}: {count:,} val photos are in train too, byte for byte", file=sys.stderr)
     except (DataError, OSError) as error:
         print(f"data.py: {error}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        print("data.py: interrupted; the same command goes on", file=sys.stderr)
+        sys.exit(130)
 
 
 if __name__ == "__main__":

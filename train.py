@@ -11,6 +11,8 @@ interruption goes on from the last epoch; after the last epoch it does nothing.
 """
 
 import argparse
+import contextlib
+import copy
 import csv
 import io
 import json
@@ -19,6 +21,7 @@ import os
 import signal
 import sys
 import time
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import NamedTuple
 
@@ -30,21 +33,61 @@ import data
 import models
 
 PLAIN_LR = 5.0  # the learning rate of what Muon leaves to SGD, in units of Muon's own
-# What is trained decides the recipe. crop: px, of the random crops; size: px, of evaluation and of stored features.
-RECIPES = {
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """All that decides what a training gives. A run goes on only under the recipe and with the photos of its start."""
+
+    arch: str
+    weights: str | None  # where it starts: None (random), "imagenet" or a file
+    training: str  # a key of DEFAULTS
+    epochs: int
+    crop: int  # px, side of a training crop
+    size: int  # px, side of the photos in evaluation
+    looks: tuple  # px, sides of the photos when maps are made, and for stored features
+    batch_size: int
+    lr: float  # at its peak
+    weight_decay: float
+    smoothing: float  # of labels
+    plain_crop: bool = False
+    holdout: float = 0.0
+    seed: int = 0
+    version: int = 3  # counts the changes to what the fields do not say: optimiser, schedule, crops
+
+
+# What is trained decides the rest: everything from random weights, every layer of a pretrained network, or its head.
+DEFAULTS = {
     "scratch": dict(epochs=100, crop=64, size=96, batch_size=32, lr=0.02, weight_decay=0.05, smoothing=0.1),
     "head": dict(epochs=5, crop=0, size=224, batch_size=64, lr=0.003, weight_decay=0.0, smoothing=0.0),
-    "unfreeze": dict(epochs=5, crop=160, size=160, batch_size=64, lr=0.002, weight_decay=5e-4, smoothing=0.1),
+    "all": dict(epochs=5, crop=160, size=160, batch_size=64, lr=0.002, weight_decay=5e-4, smoothing=0.1),
 }
-SETTINGS = {"arch", "weights", "epochs", "crop", "plain_crop", "size", "batch_size", "lr", "weight_decay", "smoothing",
-            "holdout", "seed"}  # a run may be continued only by one in which all of these are the same
 
 
-RECIPE_VERSION = 2  # counts the changes to what the settings do not say: optimiser, schedule, crops
+def default_looks(arch, size):
+    """The sizes (px) at which a photo is looked at when maps are made, for a network that is evaluated at `size`.
+
+    The CNN looks from further off and closer too; a pretrained network, whose cells are 32 px wide, gains by looking
+    closer alone. Multiples of the cell's width leave no cell half empty.
+    """
+    factors, cell = ((2 / 3, 1, 4 / 3), 8) if arch == "cnn" else ((1, 10 / 7), 32)
+    return tuple(sorted({size if factor == 1 else max(cell, round(factor * size / cell) * cell) for factor in factors}))
 
 
 class TrainError(Exception):
     """Something the user can mend; the message is one sentence that says what and how."""
+
+
+# ---------------------------------------------------------------- several processes (torchrun)
+
+RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # torchrun sets them
+
+
+def sum_over_processes(tensor):
+    """The sum of `tensor` over all processes, on each of them; just `tensor` where there is one."""
+    if WORLD > 1:
+        torch.distributed.all_reduce(tensor)
+    return tensor
 
 
 # ---------------------------------------------------------------- device and precision
@@ -70,7 +113,11 @@ class Precision(NamedTuple):
 def choose_device(name):
     """The torch.device called `name`; "auto" takes the best there is. Raises TrainError."""
     if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        several = WORLD > 1  # on MPS, processes cannot add up their gradients
+        name = "cuda" if torch.cuda.is_available() else (
+            "mps" if torch.backends.mps.is_available() and not several else "cpu")
+    if WORLD > 1 and name.startswith("cuda:"):
+        raise TrainError(f"--device {name} would put all {WORLD} processes on one GPU: use --device cuda")
     try:
         device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if name == "cuda" else name)
         if device.type not in ("cpu", "cuda", "mps"):
@@ -93,18 +140,6 @@ def choose_precision(device):
     return Precision(None, False, torch.contiguous_format)  # MPS: channels-last gave wrong gradients, pytorch#175189
 
 
-# ---------------------------------------------------------------- several processes (torchrun)
-
-RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # torchrun sets them
-
-
-def sum_over_processes(tensor):
-    """The sum of `tensor` over all processes, on each of them; just `tensor` where there is one."""
-    if WORLD > 1:
-        torch.distributed.all_reduce(tensor)
-    return tensor
-
-
 # ---------------------------------------------------------------- the mathematics of training
 
 
@@ -114,19 +149,21 @@ def one_cycle(step, steps, warmup=0.05):
     return (step + 1) / (rise + 1) if step < rise else (steps - step) / (steps - rise)
 
 
-def orthogonalise(matrix, dtype=torch.float32):
-    """Roughly the orthogonal matrix nearest to `matrix` (m, n): its singular vectors, large singular values near 1.
+def orthogonalise(matrices, dtype=torch.float32):
+    """Roughly the orthogonal matrix nearest to each of `matrices` (..., m, n): its singular vectors, large singular
+    values near 1.
 
     Three Newton-Schulz steps of a quintic that drives singular values in 0..1 towards 1; those below a fiftieth of the
     norm are only raised, which trains as well. Matrix products alone, which bfloat16 is exact enough for.
     """
-    x = matrix.T if matrix.shape[0] > matrix.shape[1] else matrix
-    x = (x / (x.norm() + 1e-7)).to(dtype)
+    tall = matrices.shape[-2] > matrices.shape[-1]
+    x = matrices.mT if tall else matrices
+    x = (x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)).to(dtype)
     for _ in range(3):
-        a = x @ x.T
-        b = torch.addmm(a, a, a, beta=-4.7750, alpha=2.0315)  # -4.7750 a + 2.0315 a a
-        x = torch.addmm(x, b, x, beta=3.4445)  # 3.4445 x + b x
-    return (x.T if matrix.shape[0] > matrix.shape[1] else x).to(matrix.dtype)
+        a = x @ x.mT
+        b = -4.7750 * a + 2.0315 * (a @ a)
+        x = 3.4445 * x + b @ x
+    return (x.mT if tall else x).to(matrices.dtype)
 
 
 class Muon(torch.optim.Optimizer):
@@ -135,35 +172,39 @@ class Muon(torch.optim.Optimizer):
     A gradient is dominated by few directions; orthogonalised, a step moves all of them alike. What is no bank of
     filters over many channels (vectors, linear layers, filters of the photo or of one channel) takes plain SGD steps,
     at `PLAIN_LR` times the learning rate. Weight decay is for the banks alone: where normalisation follows, their
-    norm does not matter, but sets how far a step turns them.
+    norm does not matter, but sets how far a step turns them. Banks of one shape are a group, and one stack of matrices.
     """
 
     def __init__(self, network, lr, weight_decay, momentum=0.9, dtype=torch.float32):
         self.dtype = dtype  # what the orthogonalisation computes in
-        banks, plain = [], []
+        banks, plain = {}, []
         for p in network.parameters():
             if p.requires_grad:
-                (banks if p.ndim == 4 and p.shape[1] > 3 else plain).append(p)
-        groups = [dict(params=banks, orthogonal=True, scale=1.0, weight_decay=weight_decay),
-                  dict(params=plain, orthogonal=False, scale=PLAIN_LR, weight_decay=0.0)]  # fmt: skip
-        super().__init__([group for group in groups if group["params"]], dict(lr=lr, momentum=momentum))
+                (banks.setdefault(p.shape, []) if p.ndim == 4 and p.shape[1] > 3 else plain).append(p)
+        groups = [dict(params=same, orthogonal=True, scale=1.0, weight_decay=weight_decay) for same in banks.values()]
+        groups += [dict(params=plain, orthogonal=False, scale=PLAIN_LR, weight_decay=0.0)] if plain else []
+        super().__init__(groups, dict(lr=lr, momentum=momentum))
 
     @torch.no_grad()
     def step(self):
-        """One step of every parameter along its gradient."""
+        """One step of every parameter along its gradient. A `_foreach` function takes a list of tensors at once."""
         for group in self.param_groups:
-            rate = group["lr"] * group["scale"]
-            for p in group["params"]:
+            parameters, rate, momentum = group["params"], group["lr"] * group["scale"], group["momentum"]
+            gradients = [p.grad for p in parameters]
+            for p in parameters:
                 if not self.state[p]:
                     self.state[p]["velocity"] = torch.zeros_like(p)
-                velocity = self.state[p]["velocity"]
-                velocity.mul_(group["momentum"]).add_(p.grad)
-                update = p.grad + group["momentum"] * velocity
-                if group["orthogonal"]:
-                    rows, columns = len(p), p[0].numel()
-                    update = orthogonalise(update.reshape(rows, columns), self.dtype).reshape(p.shape)
-                    update *= max(1, rows / columns) ** 0.5
-                p.mul_(1 - rate * group["weight_decay"]).sub_(update, alpha=rate)
+            velocities = [self.state[p]["velocity"] for p in parameters]
+            torch._foreach_mul_(velocities, momentum)
+            torch._foreach_add_(velocities, gradients)
+            updates = torch._foreach_add(gradients, velocities, alpha=momentum)
+            if group["orthogonal"]:
+                matrices = torch.stack([update.flatten(1) for update in updates])  # (banks, filters, weights)
+                rows, columns = matrices.shape[1:]
+                matrices = orthogonalise(matrices, self.dtype) * max(1, rows / columns) ** 0.5
+                updates = [matrix.view(p.shape) for matrix, p in zip(matrices, parameters, strict=True)]
+            torch._foreach_mul_(parameters, 1 - rate * group["weight_decay"])
+            torch._foreach_add_(parameters, updates, alpha=-rate)
 
 
 def train_epoch(network, batches, plan, optimizer, scaler, precision, smoothing=0.0):
@@ -192,16 +233,17 @@ def train_epoch(network, batches, plan, optimizer, scaler, precision, smoothing=
 
 
 @torch.no_grad()
-def evaluate(network, batches, precision):
-    """Sums over all photos, of the cross-entropy and of the right answers, and the number of photos: (3,)."""
+def evaluate(network, batches, precision, classes):
+    """Sums over the photos of each of `classes` classes: cross-entropy, right answers, photos. (3, classes)."""
     network.eval()
-    totals = 0
+    totals = None
     for x, labels in batches:
         with torch.autocast(x.device.type, precision.dtype, enabled=precision.dtype is not None):
             logits = network(x).float()
-        right = (logits.argmax(1) == labels).sum()
-        loss = F.cross_entropy(logits, labels, reduction="sum")
-        totals = totals + torch.stack([loss, right, torch.tensor(len(labels), device=loss.device)])
+        loss = F.cross_entropy(logits, labels, reduction="none")
+        each = torch.stack([loss, (logits.argmax(1) == labels).float(), torch.ones_like(loss)])  # (3, B)
+        totals = each.new_zeros(3, classes) if totals is None else totals
+        totals.index_add_(1, labels, each)
     return totals
 
 
@@ -210,19 +252,21 @@ def evaluate(network, batches, precision):
 
 @torch.no_grad()
 def stored_features(network, photos, size, precision, mirrored):
-    """What the frozen part of `network` says of every photo and, if `mirrored`, of its mirror image: (1 or 2, N, C)
-    float32, averaged over the map. With all but the last layer frozen, training asks no more of a photo, in any epoch.
+    """What the frozen part of `network` says of every photo at `size` px and, if `mirrored`, of its mirror image.
+
+    Returns (1 or 2, N, C) float32, averaged over the map, and labels (N,), both on the photos' device. With all but
+    the last layer frozen, training asks no more of a photo, in any epoch.
     """
-    frozen, stored, done, started = models.fold_norms(network).features, [], 0, time.time()
-    device = photos.labels.device
-    batch_size = 16 if device.type == "cpu" else 256  # small enough for a processor's cache
-    for x, _ in data.eval_batches(photos, size, batch_size):
-        with torch.autocast(device.type, precision.dtype, enabled=precision.dtype is not None):
+    frozen, stored, every_label, done, started = models.fold_norms(network).features, [], [], 0, time.time()
+    batch_size = 16 if photos.device.type == "cpu" else 256  # small enough for a processor's cache
+    for x, labels in data.eval_batches(photos, size, batch_size):
+        with torch.autocast(x.device.type, precision.dtype, enabled=precision.dtype is not None):
             sides = [x, x.flip(3)] if mirrored else [x]
             stored.append(torch.stack([frozen(side).float().mean((2, 3)) for side in sides]))
+        every_label.append(labels)
         done += len(x)
         data.progress("features:", done, len(photos), started, "photos")
-    return torch.cat(stored, 1)
+    return torch.cat(stored, 1), torch.cat(every_label)
 
 
 # ---------------------------------------------------------------- a run: its files, its place in time
@@ -261,17 +305,19 @@ def write_text(path, text):
         file.write(text.encode())
 
 
-def as_csv(rows):
-    """A list of dicts of the same keys as the text of a CSV file."""
+def write_log(folder, rows):
+    """Write the log, a row per epoch, and its curves."""
     text = io.StringIO()
     writer = csv.DictWriter(text, rows[0])
     writer.writeheader()
     writer.writerows(rows)
-    return text.getvalue()
+    write_text(folder / "log.csv", text.getvalue())
+    draw_curves(rows, folder / "curves.png")
 
 
-def resume(path, settings):
-    """The state in `path` (last.pt), or None where a run begins. Raises TrainError where it is another run's."""
+def resume(folder, settings):
+    """The state in last.pt of `folder`, or None where a run begins. Raises TrainError where it is another run's."""
+    path = folder / "last.pt"
     if not path.exists():
         return None
     state = models.read(path)
@@ -280,8 +326,11 @@ def resume(path, settings):
     old = state["settings"]
     differ = [f"{k} {old.get(k)} there, {new} here" for k, new in settings.items() if old.get(k) != new]
     if differ:
-        raise TrainError(f"{path.parent} holds a run of other settings ({'; '.join(differ)}): repeat them to go on "
+        raise TrainError(f"{folder} holds a run of other settings ({'; '.join(differ)}): repeat them to go on "
                          "with it, give this one a --name of its own, or remove the folder")
+    if not (folder / "best.pt").exists():
+        raise TrainError(f"{folder / 'best.pt'} is gone, and with it the best weights of {len(state['rows'])} epochs: "
+                         f"put it back, or remove {folder} to train again")
     return state
 
 
@@ -297,150 +346,187 @@ def number(kind, low, high=math.inf):
     return parse
 
 
+def sizes(text):
+    """An argparse type: sizes in px, "224,320", as an ascending tuple."""
+    return tuple(sorted({number(int, 1, 4096)(size) for size in text.split(",")}))
+
+
 def parse_arguments(arguments=None):
-    """The options of a run, those that were not given filled in from its recipe."""
+    """The command line as (recipe, options): what decides the result, and where things are and run."""
     parser = argparse.ArgumentParser(description="Train the CNN from scratch, or fine-tune an ImageNet network.",
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)  # fmt: skip
-
-    def recipe(key, kind, what=""):  # an option whose default depends on what is trained
-        names = {"scratch": "for the cnn", "head": "with all frozen but the last layer", "unfreeze": "with --unfreeze"}
-        defaults = ", ".join(f"{values[key]} {names[of]}" for of, values in RECIPES.items() if values[key])
-        add(f"--{key.replace('_', '-')}", type=kind, default=argparse.SUPPRESS, help=f"{what} (default: {defaults})")
-
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
+
+    def add_recipe(name, kind, what):  # an option whose default depends on what is trained
+        names = {"scratch": "for the cnn", "head": "with all frozen but the last layer", "all": "with --unfreeze"}
+        key = name.replace("-", "_")
+        defaults = ", ".join(f"{values[key]} {names[of]}" for of, values in DEFAULTS.items() if values[key])
+        add(f"--{name}", type=kind, default=argparse.SUPPRESS, help=f"{what} (default: {defaults})")
+
     add("arch", help="cnn, resnet18, or another torchvision network that CAM is exact for")
-    add("--data", default="data/imagenette2-160", help="ImageNette folder or .tgz")
+    add("--data", default="data/imagenette2-160", help="folder or archive of class folders")
     add("--weights", default=argparse.SUPPRESS, help="'imagenet' (download; the default of every network but the cnn), "
-        "'none' (random), or a file in torchvision's format")  # fmt: skip
+                                                     "'none' (random), or a file in torchvision's format")
     add("--unfreeze", action="store_true", help="train every layer, not the last one alone")
-    recipe("epochs", number(int, 1), "passes over the photos")
-    recipe("crop", number(int, 1), "side of a training crop, px")
+    add_recipe("epochs", number(int, 1), "passes over the photos")
+    add_recipe("crop", number(int, 1, 4096), "side of a training crop, px")
     add("--plain-crop", action="store_true", help="crops at the photo's own scale, instead of random resized ones")
-    recipe("size", number(int, 1), "side of the photos in evaluation, px")
-    recipe("batch_size", number(int, 1), "photos in a step")
-    recipe("lr", number(float, 0, 1e38), "peak learning rate")
+    add_recipe("size", number(int, 1, 4096), "side of the photos in evaluation, px")
+    add("--looks", type=sizes, default=argparse.SUPPRESS, metavar="PX,PX,...",
+        help="sides of the photos when maps are made, and for the features under a head; their feature maps are "
+             "averaged (default: 2/3, 1 and 4/3 of --size for the cnn, 1 and 10/7 of it for other networks)")
+    add_recipe("batch-size", number(int, 1), "photos in a step")
+    add_recipe("lr", number(float, 0, 1e37), "peak learning rate")
     add("--holdout", type=number(float, 0, 1), default=0.0, help="share of train to validate on, in place of val")
     add("--seed", type=number(int, 0, 2**40), default=0, help="decides initial weights, order and crops")
     add("--device", default="auto", help="cpu, cuda, mps or auto")
     add("--runs", default="runs", help="where results go")
     add("--name", default=argparse.SUPPRESS, help="folder in --runs; the network's name unless given")
-    add("--skip-bad", action="store_true", help="leave damaged photos out")
+    add("--skip-bad", action="store_true", help="leave damaged photos out, now and whenever these data are used")
     add("--dry-run", action="store_true", help="one epoch of two batches, everything written, as <name>-dry-run")
     options = parser.parse_args(arguments)
-    options.kind = "scratch" if options.arch == "cnn" else "unfreeze" if options.unfreeze else "head"
-    weights = getattr(options, "weights", None if options.arch == "cnn" else "imagenet")
-    options.weights = None if weights == "none" else weights
+
+    training = "scratch" if options.arch == "cnn" else "all" if options.unfreeze else "head"
+    if training == "head" and ("crop" in options or options.plain_crop):
+        parser.error("--crop and --plain-crop do nothing while all but the last layer is frozen, as each photo is seen "
+                     "whole: leave them out, or add --unfreeze")
+    if training == "scratch" and options.unfreeze:
+        parser.error("--unfreeze does nothing for the cnn, of which every layer is trained: leave it out")
+    weights = getattr(options, "weights", None if training == "scratch" else "imagenet")
+    given = {field.name: getattr(options, field.name) for field in fields(Recipe) if field.name in options}
+    values = DEFAULTS[training] | given | dict(training=training, weights=None if weights == "none" else weights)
+    values.setdefault("looks", default_looks(options.arch, values["size"]))
+    values["epochs"] = 1 if options.dry_run else values["epochs"]
     options.name = getattr(options, "name", options.arch) + "-dry-run" * options.dry_run
-    options = argparse.Namespace(**{**RECIPES[options.kind], **vars(options)})
-    options.epochs = 1 if options.dry_run else options.epochs
-    return options
+    return Recipe(**values), options
 
 
-def prepare_photos(options, device):
-    """The photos to train on and those to validate on, in the memory of `device`."""
-    folder = data.prepare(options.data)
-    photos = data.load(folder, "train", options.skip_bad)
-    if options.holdout:
+# ---------------------------------------------------------------- a run: its parts
+
+
+def prepare_photos(recipe, source, skip_bad, few, device):
+    """The photos to train on and those to validate on, on `device`; few: no more of each, drawn at random."""
+    folder = data.prepare(source)
+    photos = data.load(folder, "train", skip_bad)
+    if recipe.holdout:
         order = torch.randperm(len(photos), generator=torch.Generator().manual_seed(0))  # the same for every --seed
-        cut = max(1, round(options.holdout * len(photos)))
+        cut = max(1, round(recipe.holdout * len(photos)))
         if len(photos) - cut < 2:
-            raise TrainError(f"--holdout {options.holdout} leaves {len(photos) - cut} of {len(photos):,} photos to "
+            raise TrainError(f"--holdout {recipe.holdout} leaves {len(photos) - cut} of {len(photos):,} photos to "
                              "train on: use a smaller share")
         photos, val = photos.subset(order[cut:]), photos.subset(order[:cut])
     else:
-        val = data.load(folder, "val", options.skip_bad)
-    if options.dry_run:
-        few, seeded = 2 * options.batch_size, torch.Generator().manual_seed(0)
-        photos, val = (p.subset(torch.randperm(len(p), generator=seeded)[:few]) for p in (photos, val))
+        val = data.load(folder, "val", skip_bad)
+    seeded = torch.Generator().manual_seed(0)
+    photos, val = (p.subset(torch.randperm(len(p), generator=seeded)[:few]) if few else p for p in (photos, val))
     return photos.to(device), val.to(device)
 
 
-def prepare_network(options, photos, finished):
-    """A new network; unless the run is finished, the first layer of the CNN is computed from `photos` and frozen."""
-    torch.manual_seed(options.seed)
-    network = models.build(options.arch, len(data.CLASSES), options.weights)
-    if options.kind == "scratch" and not finished:
-        seeded = torch.Generator().manual_seed(options.seed)
-        crops, _ = next(data.train_batches(photos, options.crop, 256, seeded, plain=options.plain_crop))
-        models.whiten(network, crops)
+def prepare_network(recipe, count, classes):
+    """A new network for `count` photos of `classes` classes, what is frozen frozen. Raises TrainError, ModelError."""
+    torch.manual_seed(recipe.seed)
+    network = models.build(recipe.arch, classes, recipe.weights)
+    check_sizes(network, recipe, count)
+    if recipe.training == "head":
+        network = models.with_looks(network, recipe.looks)
+        network.features.requires_grad_(False)
     return network
 
 
-def make_batches(options, network, photos, val, precision):
+def whiten(network, recipe, photos):
+    """Compute the first layer of the CNN from crops of `photos`, and freeze it."""
+    seeded = torch.Generator().manual_seed(recipe.seed)
+    crops, _ = next(data.train_batches(photos, recipe.crop, 256, seeded, plain=recipe.plain_crop))
+    models.whiten(network, crops)
+
+
+@torch.no_grad()
+def check_sizes(network, recipe, count):
+    """Raise TrainError where `network` cannot take images of the recipe's sizes, or the smallest batch of `count`
+    photos. Only small images can be too small: of 96 px at most are tried."""
+    network = copy.deepcopy(network)  # a pass in training mode changes the statistics of batch normalisation
+    smallest = min(2, *map(len, data.shuffled(count, recipe.batch_size, None)))
+    passes = [("--crop", recipe.crop, smallest, True)] if recipe.training != "head" else []
+    passes += [("--size or --looks", side, 1, False) for side in {recipe.size, *recipe.looks}]
+    for option, side, photos, training in passes:
+        try:
+            network.train(training)(torch.zeros(photos, 3, min(side, 96), min(side, 96)))
+        except (RuntimeError, ValueError) as error:
+            raise TrainError(f"{recipe.arch} cannot take {photos} x 3 x {side} x {side} px "
+                             f"({str(error).splitlines()[0][:80]}): use a larger {option}, or --batch-size") from error
+
+
+def make_batches(recipe, network, photos, val, precision):
     """What to train, and where an epoch of batches for it comes from: (module, train_batches, val_batches).
 
     train_batches(generator) and val_batches() each yield (x, labels) for `module`. Where all but the last layer is
     frozen, the module is the last layer and x are stored features; else it is the network and x are images.
     """
-    part, val = (RANK, WORLD), val.subset(torch.arange(RANK, len(val), WORLD, device=val.labels.device))
-    if options.kind != "head":
+    part, val = (RANK, WORLD), val.subset(torch.arange(RANK, len(val), WORLD))
+    if recipe.training != "head":
         def train_batches(generator):
-            return data.train_batches(photos, options.crop, options.batch_size, generator, plain=options.plain_crop,
-                                      part=part, dtype=precision.products)  # fmt: skip
+            return data.train_batches(photos, recipe.crop, recipe.batch_size, generator, plain=recipe.plain_crop,
+                                      part=part, dtype=precision.products)
 
-        return network, train_batches, lambda: data.eval_batches(val, options.size, 128)
+        return network, train_batches, lambda: data.eval_batches(val, recipe.size, 128)
 
-    network.features.requires_grad_(False)
-    features = stored_features(network, photos, options.size, precision, mirrored=True)  # (2, N, C)
-    val_features = stored_features(network, val, options.size, precision, mirrored=False)[0]  # (N, C)
+    features, labels = stored_features(network, photos, recipe.looks[-1], precision, mirrored=True)  # (2, N, C), (N,)
+    val_features, val_labels = stored_features(network, val, recipe.looks[-1], precision, mirrored=False)
 
     def feature_batches(generator):  # each photo once, as it is or mirrored
-        for index in data.shuffled(len(photos), options.batch_size, generator):
+        for index in data.shuffled(len(photos), recipe.batch_size, generator):
             side = torch.randint(2, (len(index),), generator=generator)
             index, side = (t[RANK::WORLD].to(features.device) for t in (index, side))
-            yield features[side, index], photos.labels[index]
+            yield features[side, index], labels[index]
 
-    return network.head, feature_batches, lambda: [(val_features, val.labels)]
-
-
-def report(folder, rows):
-    """Write the log, a row per epoch, and its curves."""
-    write_text(folder / "log.csv", as_csv(rows))
-    draw_curves(rows, folder / "curves.png")
+    return network.head, feature_batches, lambda: [(val_features[0], val_labels)]
 
 
-def save_epoch(folder, options, settings, network, optimizer, scaler, rows):
-    """Write what an epoch leaves behind, each file whole or not at all; best.pt only where this one is the best."""
-    accuracy = [row["val_accuracy"] for row in rows]
-    is_best = accuracy[-1] > max(accuracy[:-1], default=-1)
-    if is_best:
-        models.save(folder / "best.pt", network, arch=options.arch, classes=list(data.CLASSES.values()),
-                    mean=data.MEAN, std=data.STD, looks=[options.size], settings=settings, epoch=len(rows),
-                    accuracies={models.looks_key([options.size]): accuracy[-1]}, accuracy_n=settings["photos"][1],
-                    accuracy_on="held-out train" if options.holdout else "val",
-                    how="only its last layer trained" if options.kind == "head" else "trained from scratch"
-                        if not options.weights else "every layer fine-tuned")
-    models.write(folder / "last.pt", dict(settings=settings, rows=rows, network=network.state_dict(),
-                                          optimizer=optimizer.state_dict(), scaler=scaler.state_dict()))
-    report(folder, rows)
-    row, left = rows[-1], (options.epochs - len(rows)) * rows[-1]["seconds"]
-    print(f"epoch {len(rows):3d}/{options.epochs}  loss {row['train_loss']:.3f}  train {row['train_accuracy']:6.2%}  "
-          f"val {accuracy[-1]:6.2%}{' *' if is_best else '  '}  {row['images_per_second']:6,} images/s  "
+def save_epoch(folder, rows, network, facts, state):
+    """Write what an epoch leaves behind, each file whole or not at all, and say so.
+
+    best.pt, only where this epoch is the best (facts: what it holds besides the network); last.pt (state: what is
+    needed to go on); the log.
+    """
+    row, before = rows[-1], [row["val_accuracy"] for row in rows[:-1]]
+    best = row["val_accuracy"] > max(before, default=-1)
+    if best:
+        models.save(folder / "best.pt", network, **facts, epoch=len(rows),
+                    accuracies={facts["settings"]["evaluated"]: row["val_accuracy"]})
+    models.write(folder / "last.pt", dict(state, settings=facts["settings"], rows=rows, network=network.state_dict()))
+    write_log(folder, rows)
+    epochs = facts["settings"]["epochs"]
+    left = (epochs - len(rows)) * row["seconds"]
+    classes = "" if row["val_accuracy"] == row["val_class_accuracy"] else f" (classes {row['val_class_accuracy']:.2%})"
+    print(f"epoch {len(rows):3d}/{epochs}  loss {row['train_loss']:.3f}  train {row['train_accuracy']:6.2%}  "
+          f"val {row['val_accuracy']:6.2%}{classes}{' *' if best else '  '}  {row['images_per_second']:6,} images/s  "
           f"{left // 60:.0f}:{left % 60:02.0f} left", flush=True)
 
 
-def run_epochs(folder, options, settings, network, batches, state, precision):
-    """Train from where `state` (of last.pt, or None) stands to the last epoch. Returns the rows of the log."""
+def run_epochs(folder, recipe, network, batches, count, facts, state, precision):
+    """Train from where `state` (of last.pt, or None) stands to the last epoch, `count` photos each. Returns the rows
+    of the log. batches: of `make_batches`; facts: of `save_epoch`."""
     module, train_batches, val_batches = batches
     device = next(module.parameters()).device
-    optimizer = Muon(module, options.lr, options.weight_decay, dtype=precision.products)
+    optimizer = Muon(module, recipe.lr, recipe.weight_decay, dtype=precision.products)
     scaler = torch.amp.GradScaler(device.type, enabled=precision.scale)
     rows = []
     if state:
         optimizer.load_state_dict(state["optimizer"])
-        scaler.load_state_dict(state["scaler"])
+        if state["scaler"] and precision.scale:  # empty where the run began on a device that needs none
+            scaler.load_state_dict(state["scaler"])
         rows = state["rows"]
     parallel = torch.nn.parallel.DistributedDataParallel(module) if WORLD > 1 else module
-    sizes = [len(index) for index in data.shuffled(settings["photos"][0], options.batch_size, None)]
-    steps = len(sizes)
-    for epoch in range(len(rows), options.epochs):
+    lengths = [len(index) for index in data.shuffled(count, recipe.batch_size, None)]
+    steps = len(lengths)
+    for epoch in range(len(rows), recipe.epochs):
         started = time.time()
-        torch.manual_seed(1_000_003 * options.seed + epoch)  # all chance in an epoch follows from its number
-        generator = torch.Generator().manual_seed(1_000_003 * options.seed + epoch)
-        plan = [(options.lr * one_cycle(epoch * steps + i, options.epochs * steps), size / WORLD)
-                for i, size in enumerate(sizes)]  # fmt: skip
+        torch.manual_seed(1_000_003 * recipe.seed + epoch)  # all chance in an epoch follows from its number
+        generator = torch.Generator().manual_seed(1_000_003 * recipe.seed + epoch)
+        plan = [(recipe.lr * one_cycle(epoch * steps + i, recipe.epochs * steps), length / WORLD)
+                for i, length in enumerate(lengths)]
         losses, correct, seen = train_epoch(parallel, train_batches(generator), plan, optimizer, scaler, precision,
-                                            options.smoothing)
+                                            recipe.smoothing)
         losses = sum_over_processes(losses) / WORLD
         if not losses.isfinite().all():
             step = int((~losses.isfinite()).nonzero()[0]) + 1
@@ -450,82 +536,128 @@ def run_epochs(folder, options, settings, network, batches, state, precision):
         speed = seen / (time.time() - started)
         for buffer in module.buffers() if WORLD > 1 else ():
             torch.distributed.broadcast(buffer, 0)  # each has statistics of its own; rank 0's are those that are saved
-        val_loss, right, count = sum_over_processes(evaluate(module, val_batches(), precision)).tolist()
-        if not math.isfinite(val_loss):
+        totals = sum_over_processes(evaluate(module, val_batches(), precision, len(facts["classes"])))
+        scores = val_scores(totals)
+        if not math.isfinite(scores["val_loss"]):
             raise TrainError(f"the validation loss is not finite after epoch {epoch + 1}: use a smaller --lr; "
                              f"what is in {folder} is still of epoch {epoch}")
         rows.append(dict(epoch=epoch + 1, train_loss=round(float(losses.mean()), 4),
-                         train_accuracy=round(correct / seen, 5), val_loss=round(val_loss / count, 4),
-                         val_accuracy=round(right / count, 5), lr=round(plan[0][0], 6),
-                         images_per_second=round(speed), seconds=round(time.time() - started, 1)))  # fmt: skip
+                         train_accuracy=round(correct / seen, 5), **scores, lr=round(plan[0][0], 6),
+                         images_per_second=round(speed), seconds=round(time.time() - started, 1)))
         if RANK == 0:
-            save_epoch(folder, options, settings, network, optimizer, scaler, rows)
+            save_epoch(folder, rows, network, facts, dict(optimizer=optimizer.state_dict(), scaler=scaler.state_dict()))
     return rows
 
 
-def train(options):
+def val_scores(totals):
+    """The columns of the log that follow from the sums (3, K) of `evaluate`. The accuracy of the classes is the mean of
+    each class's own, which classes of few photos count in as much as those of many."""
+    loss, right, photos = totals.double().cpu()
+    there = photos > 0
+    return dict(val_loss=round(float(loss.sum() / photos.sum()), 4),
+                val_accuracy=round(float(right.sum() / photos.sum()), 5),
+                val_class_accuracy=round(float((right[there] / photos[there]).mean()), 5))
+
+
+def finish(folder, rows, val, device, precision):
+    """Write result.json, the last file of a run; best.pt gets the accuracy of all its looks, if training saw one."""
+    contents = models.read(folder / "best.pt")
+    key = models.looks_key(contents["looks"])
+    if key not in contents["accuracies"]:
+        network, facts = models.load(folder / "best.pt", device)
+        totals = evaluate(network, data.eval_batches(val, facts["size"], 64), precision, len(facts["classes"]))
+        contents["accuracies"][key] = val_scores(totals)["val_accuracy"]
+        models.write(folder / "best.pt", contents)
+    write_log(folder, rows)  # a run may have been killed after its last last.pt
+    best = max(rows, key=lambda row: row["val_accuracy"])
+    write_text(folder / "result.json", json.dumps(dict(
+        best_accuracy=best["val_accuracy"], best_epoch=best["epoch"], last_accuracy=rows[-1]["val_accuracy"],
+        accuracies=contents["accuracies"], accuracy_on=contents["accuracy_on"], accuracy_n=contents["accuracy_n"],
+        seconds=round(sum(row["seconds"] for row in rows), 1)), indent=1))
+
+
+def describe_training(recipe):
+    """In a phrase, what was trained."""
+    if recipe.training == "head":
+        return "only its last layer trained"
+    return "every layer fine-tuned" if recipe.weights else "trained from scratch"
+
+
+def train(recipe, options):
     """The whole of a run, or what is left of it."""
     models.keep_memory()
     device = choose_device(options.device)
     precision = choose_precision(device)
     if WORLD > 1:
-        torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    folder = Path(options.runs) / options.name
-    photos, val = prepare_photos(options, device)
-    if min(len(val), *map(len, data.shuffled(len(photos), options.batch_size, None))) < WORLD:
+        nccl = device.type == "cuda" and torch.distributed.is_nccl_available()  # not on Windows
+        torch.distributed.init_process_group("nccl" if nccl else "gloo")
+    few = 2 * recipe.batch_size if options.dry_run else None
+    photos, val = prepare_photos(recipe, options.data, options.skip_bad, few, device)
+    if min(len(val), *map(len, data.shuffled(len(photos), recipe.batch_size, None))) < WORLD:
         raise TrainError(f"{WORLD} processes are more than a batch or val has photos: use a larger --batch-size than "
-                         f"{options.batch_size}, or fewer processes")
-    settings = {k: v for k, v in vars(options).items() if k in SETTINGS} | {
-        "frozen": options.kind == "head", "photos": [len(photos), len(val)], "recipe": RECIPE_VERSION}  # fmt: skip
-    state = None if options.dry_run else resume(folder / "last.pt", settings)
-    rows = state["rows"] if state else []
-
-    finished = len(rows) == options.epochs
-    network = prepare_network(options, photos, finished).to(device, memory_format=precision.memory_format)
-    if state:
-        network.load_state_dict(state["network"])
+                         f"{recipe.batch_size}, or fewer processes")
+    network = prepare_network(recipe, len(photos), len(photos.classes))
+    folder = Path(options.runs) / options.name
     if RANK == 0:
-        print(f"{folder}: {options.arch}, {sum(p.numel() for p in network.parameters()) / 1e6:.1f} million parameters, "
-              f"{device.type}, {precision.name}, {len(photos):,} photos to train on, {len(val):,} to validate on"
-              + (f"; {len(rows)} of {options.epochs} epochs are done" if rows else ""), flush=True)
-    if not finished:
-        if RANK == 0:
-            folder.mkdir(parents=True, exist_ok=True)
-            for part in folder.glob("*.part"):
-                if time.time() - part.stat().st_mtime > 60:  # a killed run's; a younger one may be another run's
-                    part.unlink(missing_ok=True)
-            here = dict(device=device.type, precision=precision.name, torch=torch.__version__,
-                        threads=torch.get_num_threads(), processes=WORLD)  # fmt: skip
-            write_text(folder / "config.json", json.dumps(settings | here, indent=1))
-        batches = make_batches(options, network, photos, val, precision)
-        rows = run_epochs(folder, options, settings, network, batches, state, precision)
+        folder.mkdir(parents=True, exist_ok=True)
+    with contextlib.nullcontext() if RANK else data.lock(folder / "run", wait=False):
+        rows, before = run(folder, recipe, network, photos, val, device, precision, options.dry_run)
     if RANK == 0:
         best = max(rows, key=lambda row: row["val_accuracy"])
-        ends = [folder / name for name in ("log.csv", "curves.png", "result.json")]  # in the order of writing
-        if not finished or not all(path.exists() for path in ends):  # a run may be killed after its last last.pt
-            report(folder, rows)
-            write_text(ends[-1], json.dumps(dict(
-                best_accuracy=best["val_accuracy"], best_epoch=best["epoch"], last_accuracy=rows[-1]["val_accuracy"],
-                seconds=round(sum(row["seconds"] for row in rows), 1)), indent=1))  # fmt: skip
         print(f"{folder}: best {best['val_accuracy']:.2%} (epoch {best['epoch']}), last {rows[-1]['val_accuracy']:.2%}"
-              + ("; all epochs are done, nothing to do" if finished else ""))
+              + ("; all epochs are done, nothing to do" if before == recipe.epochs else ""))
     if WORLD > 1:
         torch.distributed.destroy_process_group()
 
 
+def run(folder, recipe, network, photos, val, device, precision, dry_run):
+    """Train `folder`'s run to its end. Returns the rows of its log, and how many epochs were done before."""
+    looks = recipe.looks if recipe.training == "head" else [recipe.size]
+    settings = dict(asdict(recipe), looks=list(recipe.looks), evaluated=models.looks_key(looks),
+                    photos=[len(photos), len(val)], data=[photos.fingerprint, val.fingerprint])
+    state = None if dry_run else resume(folder, settings)
+    before = len(state["rows"]) if state else 0
+    finished = before == recipe.epochs
+    if recipe.training == "scratch" and not finished:
+        whiten(network, recipe, photos)
+    network = network.to(device, memory_format=precision.memory_format)
+    if state:
+        network.load_state_dict(state["network"])
+    if RANK == 0:
+        print(f"{folder}: {recipe.arch}, {sum(p.numel() for p in network.parameters()) / 1e6:.1f} million parameters, "
+              f"{device.type}, {precision.name}, {len(photos):,} photos to train on, {len(val):,} to validate on"
+              + (f"; {before} of {recipe.epochs} epochs are done" if before else ""), flush=True)
+    if finished:
+        rows = state["rows"]
+    else:
+        if RANK == 0:
+            here = dict(device=device.type, precision=precision.name, torch=torch.__version__,
+                        threads=torch.get_num_threads(), processes=WORLD)
+            write_text(folder / "config.json", json.dumps(settings | here, indent=1))
+        facts = dict(arch=recipe.arch, classes=photos.classes, mean=data.MEAN, std=data.STD, looks=list(recipe.looks),
+                     how=describe_training(recipe), accuracy_on="held-out train" if recipe.holdout else "val",
+                     accuracy_n=len(val), settings=settings)
+        batches = make_batches(recipe, network, photos, val, precision)
+        rows = run_epochs(folder, recipe, network, batches, len(photos), facts, state, precision)
+    ends = ("log.csv", "curves.png", "result.json")
+    if RANK == 0 and not (finished and all((folder / name).exists() for name in ends)):
+        finish(folder, rows, val, device, precision)
+    return rows, before
+
+
 def main():
     """The command line: a run, and a sentence for what a user can mend."""
-    options = parse_arguments()
+    recipe, options = parse_arguments()
 
     def stop(*_):
         raise KeyboardInterrupt
 
     signal.signal(signal.SIGTERM, stop)
     try:
-        train(options)
+        train(recipe, options)
     except KeyboardInterrupt:
         print("train.py: stopped; the finished epochs are saved, and the same command goes on from there",
-              file=sys.stderr)  # fmt: skip
+              file=sys.stderr)
         sys.exit(130)
     except (TrainError, data.DataError, models.ModelError, OSError) as error:
         print(f"train.py: {error}", file=sys.stderr)
@@ -534,7 +666,7 @@ def main():
         if not any(text in str(error) for text in ("out of memory", "can't allocate memory", "not enough memory")):
             raise
         print(f"train.py: not enough memory ({str(error).splitlines()[0][:100]}): use a smaller --batch-size than "
-              f"{options.batch_size}, or a smaller --crop or --size", file=sys.stderr)  # fmt: skip
+              f"{recipe.batch_size}, or a smaller --crop or --size", file=sys.stderr)
         sys.exit(2)
 
 

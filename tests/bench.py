@@ -34,8 +34,8 @@ import models  # noqa: E402
 import train  # noqa: E402
 
 REPEATS = 3
-SCRATCH = train.RECIPES["scratch"]
-CROP, BATCH, SIZE = SCRATCH["crop"], SCRATCH["batch_size"], train.RECIPES["head"]["size"]
+SCRATCH = train.DEFAULTS["scratch"]
+CROP, BATCH, SIZE = SCRATCH["crop"], SCRATCH["batch_size"], train.DEFAULTS["head"]["size"]
 CLASS = 8  # golf ball
 
 
@@ -125,12 +125,12 @@ def epoch_usual(folder, device, precision, steps=100):
 
 
 def head(folder, device, precision):
-    """`train.py resnet18 --weights none`, the process from start to finish: 5 epochs, validation included, on photos
+    """`train.py resnet18 --weights none --looks 224`, the whole process: 5 epochs, validation included, on photos
     that were decoded earlier."""
     with tempfile.TemporaryDirectory() as runs:
         started = time.time()
         subprocess.run([sys.executable, HERE / "train.py", "resnet18", "--weights", "none", "--data", folder, "--runs",
-                        runs, "--device", device.type], check=True, stdout=subprocess.DEVNULL)  # fmt: skip
+                        runs, "--looks", str(SIZE), "--device", device.type], check=True, stdout=subprocess.DEVNULL)
         return dict(seconds=time.time() - started)
 
 
@@ -150,7 +150,7 @@ def head_usual(folder, device, precision, every=10):
         photos = datasets.ImageFolder(Path(folder) / split, transform, loader=lambda path: torchvision.io.read_image(
             path, torchvision.io.ImageReadMode.RGB))  # fmt: skip
         photos = torch.utils.data.Subset(photos, range(0, len(photos), every))
-        loader = torch.utils.data.DataLoader(photos, train.RECIPES["head"]["batch_size"], shuffle=training,
+        loader = torch.utils.data.DataLoader(photos, train.DEFAULTS["head"]["batch_size"], shuffle=training,
                                              num_workers=os.cpu_count())  # fmt: skip
         for images, labels in loader:
             with torch.set_grad_enabled(training):

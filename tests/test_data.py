@@ -1,5 +1,6 @@
 """data.py against Pillow, against torchvision's ImageFolder, and against all that can be wrong with its input."""
 
+import contextlib
 import gzip
 import hashlib
 import http.server
@@ -12,15 +13,21 @@ import socket
 import subprocess
 import sys
 import tarfile
+import zipfile
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 import torchvision
 from conftest import REPO, import_alone, refused, serving
-from PIL import Image
+from PIL import Image, ImageFile
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import data
 
@@ -72,8 +79,8 @@ def small(tmp_path):
 def no_decoding(monkeypatch):
     """Call it, and from then on nothing may be decoded."""
 
-    def refuse(path):
-        raise AssertionError(f"{path} was decoded again")
+    def refuse(file, name=None, side=None):
+        raise AssertionError(f"{name} was decoded again")
 
     return lambda: monkeypatch.setattr(data, "decode", refuse)
 
@@ -313,6 +320,108 @@ def test_batches_are_float32_and_channels_last(batches):
         assert images.is_contiguous(memory_format=torch.channels_last)
 
 
+def test_a_large_batch_is_resampled_in_pieces(monkeypatch):
+    photos, flip = ragged(), torch.tensor([True, False, True, False])
+    boxes = data.random_boxes(photos, torch.arange(4), torch.Generator().manual_seed(0))
+    whole = data.resample(photos, torch.arange(4), boxes, 24, flip)
+    padded, zeros = [], torch.zeros
+    monkeypatch.setattr(torch, "zeros", lambda *shape, **options: padded.append(shape) or zeros(*shape, **options))
+    monkeypatch.setattr(data, "MAX_BATCH", 2 * 80 * 64)
+    pieces = data.resample(photos, torch.arange(4), boxes, 24, flip)
+    assert torch.allclose(pieces, whole, atol=1e-5) and pieces.is_contiguous(memory_format=torch.channels_last)
+    assert len(padded) > 1 and all(b == 1 or b * h * w <= data.MAX_BATCH for b, h, w, _ in padded)
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="looks into /proc")
+def test_one_large_photo_among_small_ones_does_not_fill_the_memory():
+    """Padded to the largest, this batch has 0.8 billion pixels: 9 GB in float32."""
+    code = """if True:
+        import resource, torch, data
+        photos = data.from_arrays([torch.zeros(9, 9, 3, dtype=torch.uint8)] * 63
+                                  + [torch.zeros(3000, 4000, 3, dtype=torch.uint8)])
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        for batch in data.eval_batches(photos, 32, 64):
+            pass
+        print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 2**20)"""
+    result = subprocess.run([sys.executable, "-c", code], cwd=REPO, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert float(result.stdout) < 1  # GiB
+
+
+# ---------------------------------------------------------------- devices, of which none is here
+
+
+class FakeDevice(TorchDispatchMode):
+    """Tensors on "cuda" are fake: they have a shape and no numbers. What asks one for a number raises, as it would
+    wait for the device; so does a copy that waits, in either direction. All else happens as always."""
+
+    copies = 0  # to the device
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        leaves = tree_leaves((args, kwargs))
+        fake = any(isinstance(leaf, FakeTensor) for leaf in leaves)
+        target = next((leaf for leaf in leaves if isinstance(leaf, torch.device)), None)
+        if func is torch.ops.aten._to_copy.default and target is not None:
+            if target.type == "cuda" and not fake:
+                assert kwargs.get("non_blocking"), "a copy to the device that waits for it"
+                self.copies += 1
+            assert not (fake and target.type == "cpu"), "a copy from the device"
+        real = not fake and (target is None or target.type != "cuda")
+        with unset_fake_temporarily() if real else contextlib.nullcontext():
+            return func(*args, **kwargs)
+
+
+@pytest.fixture
+def fake_device(monkeypatch):
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor)  # there is no driver to pin for
+    with FakeTensorMode(allow_non_fake_inputs=True), FakeDevice() as device:
+        yield device
+
+
+def on_fake_cuda(photos, moved=True):
+    """Photos that fit on the fake device, or, moved=False, do not."""
+    pixels = torch.empty_like(photos.pixels, device="cuda") if moved else photos.pixels
+    return replace(photos, pixels=pixels, device=torch.device("cuda"))
+
+
+@pytest.mark.parametrize("moved", [True, False])
+@pytest.mark.parametrize("batches", [lambda p: data.train_batches(p, 16, 4, torch.Generator()),
+                                     lambda p: data.train_batches(p, 16, 4, torch.Generator(), plain=True,
+                                                                  dtype=torch.bfloat16),
+                                     lambda p: data.eval_batches(p, 16, 4)], ids=["train", "plain", "eval"])
+def test_making_a_batch_asks_the_device_for_nothing(fake_device, batches, moved):
+    photos = on_fake_cuda(ragged(), moved).subset(torch.arange(4))
+    for images, labels in batches(photos):
+        assert images.device.type == labels.device.type == "cuda" and images.shape == (4, 3, 16, 16)
+        assert images.is_contiguous(memory_format=torch.channels_last)
+    assert fake_device.copies >= 2  # it was watched: labels, and crops or their boxes
+    for sizes in (photos.start, photos.height, photos.width, photos.labels):
+        assert sizes.device.type == "cpu"
+
+
+def test_the_fake_device_notices_what_asks_it(fake_device):
+    there = torch.empty(3, device="cuda")
+    for ask in (int, lambda t: t.nonzero(), lambda t: t[t > 0], lambda t: t.cpu(), lambda t: t.max().item()):
+        with pytest.raises(Exception):  # noqa: B017
+            ask(there[0] if ask is int else there)
+    with pytest.raises(AssertionError, match="waits"):
+        torch.zeros(3).to("cuda")
+
+
+@pytest.mark.parametrize(("device", "free", "fits"), [("cuda", 1000, True), ("cuda", 899, False), ("mps", None, True),
+                                                      ("mps", "huge", False), ("cpu", 0, True)])
+def test_pixels_move_to_a_device_if_they_fit(monkeypatch, device, free, fits):
+    photos, moved = data.from_arrays([noise(10, 15)]), []  # 450 bytes
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, 10**9))
+    monkeypatch.setattr(torch.Tensor, "to", lambda tensor, device: moved.append(device) or tensor)
+    if free == "huge":
+        photos = replace(photos, pixels=torch.empty(1, 1, dtype=torch.uint8).expand(2**31, 2))
+    there = photos.to(device)
+    assert there.device == torch.device(device) and moved == [torch.device(device)] * fits or device == "cpu"
+    assert there.height is photos.height
+
+
 # ---------------------------------------------------------------- decoding once
 
 
@@ -343,7 +452,7 @@ def test_a_folder_that_changed_is_decoded_anew(small, what, monkeypatch):
     data.load(small, "train")
     CHANGES[what](small / "train" / TENCH / "0.png")
     decoded, decode = [], data.decode
-    monkeypatch.setattr(data, "decode", lambda path: decoded.append(path) or decode(path))
+    monkeypatch.setattr(data, "decode", lambda *given: decoded.append(given) or decode(*given))
     photos, reference = data.load(small, "train"), torchvision.datasets.ImageFolder(small / "train")
     assert len(decoded) == len(photos) == len(reference)
     assert all(np.array_equal(photos[i], image) for i, (image, _) in enumerate(reference))
@@ -372,10 +481,10 @@ def test_a_torn_pixels_file_is_made_anew(small, how):
 def test_an_interrupted_decoding_leaves_nothing(small, monkeypatch):
     decode = data.decode
 
-    def interrupt(path):
-        if LAST in path:
+    def interrupt(file, name, side):
+        if LAST in name:
             raise KeyboardInterrupt
-        return decode(path)
+        return decode(file, name, side)
 
     monkeypatch.setattr(data, "decode", interrupt)
     with pytest.raises(KeyboardInterrupt):
@@ -391,7 +500,7 @@ def test_the_pixels_are_mapped_and_never_written_back(small):
     assert (small / "train.pixels").read_bytes() == before
 
 
-def test_a_read_only_folder_is_packed_elsewhere(small, tmp_path, monkeypatch, no_decoding):
+def test_a_read_only_folder_is_packed_elsewhere(small, tmp_path, monkeypatch, capsys, no_decoding):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(os, "access", lambda path, mode: False)  # root may write anywhere, whatever the folder says
     first = data.load(small, "val")
@@ -400,14 +509,55 @@ def test_a_read_only_folder_is_packed_elsewhere(small, tmp_path, monkeypatch, no
     assert torch.equal(data.load(small, "val").pixels, first.pixels)
 
 
+def test_the_command_says_where_the_pixels_of_a_read_only_folder_are(small, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    monkeypatch.setattr(sys, "argv", ["data.py", str(small)])
+    data.main()
+    said = [Path(line.split(": ")[0]) for line in capsys.readouterr().out.splitlines()]
+    assert len(said) == 2 and all(path.exists() for path in said)
+
+
 def test_what_is_no_photo_is_skipped_and_counted(small, capsys):
     tench = small / "train" / TENCH
-    for name in (".hidden.JPEG", ".DS_Store", "notes.txt", "Thumbs.db"):
+    for name in (".hidden.JPEG", "._0.jpg", ".DS_Store", "notes.txt", "Thumbs.db"):
         (tench / name).write_text("no photo")
-    (tench / "folder.JPEG").mkdir()
+    (tench / "album.jpg").mkdir()
     (small / "train" / ".ipynb_checkpoints").mkdir()
+    data.prepare(small)
+    assert "6 entries that are no photos skipped\n" in capsys.readouterr().err
     assert len(data.load(small, "train")) == 20
-    assert "4 files that are no photos skipped" in capsys.readouterr().err
+
+
+def test_photos_in_a_format_that_is_not_read_are_counted_by_name(small, capsys):
+    for name in ("a.heic", "b.HEIC", "c.avif", "d.txt"):
+        (small / "val" / TENCH / name).write_bytes(b"....ftypheic")
+    data.prepare(small)
+    said = "4 entries that are no photos skipped (3 of them .avif, .heic: convert them to JPEG)"
+    assert said in capsys.readouterr().err
+    for j in range(2):
+        (small / "train" / TENCH / f"{j}.png").rename(small / "train" / TENCH / f"{j}.heic")
+    with pytest.raises(data.DataError, match=f"{TENCH} holds no photo that can be read here .*convert them to JPEG"):
+        data.prepare(small)
+
+
+@pytest.mark.parametrize("name", ["photo.heic", "photo.jpg"])  # phones send them under any name
+def test_a_format_that_is_not_read_is_not_called_damage(tmp_path, name):
+    (tmp_path / name).write_bytes(bytes(4) + b"ftypheic" + bytes(100))
+    with pytest.raises(data.DataError, match=f"{name} .*convert it to JPEG"):
+        data.decode(tmp_path / name)
+
+
+def test_symlinked_class_folders_are_class_folders(small, tmp_path, capsys):
+    (small / "train").rename(tmp_path / "elsewhere")
+    (small / "train").mkdir()
+    for folder in (tmp_path / "elsewhere").iterdir():
+        (small / "train" / folder.name).symlink_to(folder)
+    (small / "train" / TENCH / "notes.txt").write_text("no photo")
+    data.prepare(small)
+    assert len(data.load(small, "train")) == 20
+    error = capsys.readouterr().err
+    assert "1 entries that are no photos skipped" in error and "-" not in error.split("skipped")[0].split("photos")[-1]
 
 
 DAMAGE = {
@@ -442,13 +592,34 @@ def test_skip_bad_leaves_damaged_photos_out_and_counts_them(small, capsys, no_de
     assert len(photos) == 18 and not {f"{p.parent.name}/{p.name}" for p in bad} & set(photos.names)
     assert photos.labels.tolist() == [list(data.CLASSES).index(name.split("/")[0]) for name in photos.names]
     assert np.array_equal(photos[17], Image.open(small / "train" / photos.names[17]))
-    before = (small / "train.pixels").read_bytes()
-    with pytest.raises(data.DataError, match="n02979186/0.JPEG"):  # asked for all of them, it says again what is wrong
-        data.load(small, "train")
-    assert (small / "train.pixels").read_bytes() == before and made_in(small) == {"train.pixels"}
     no_decoding()
-    assert len(data.load(small, "train", skip_bad=True)) == 18
+    assert len(data.load(small, "train")) == 18  # it is remembered
     assert "2 damaged photos left out" in capsys.readouterr().err
+
+
+def test_skip_bad_is_remembered_when_photos_change(small, monkeypatch):
+    damage(small, "truncated")
+    data.load(small, "train", skip_bad=True)
+    damage(small, "text", "n03425413/1.JPEG")
+    change(small / "train" / TENCH / "0.png")
+    assert len(data.load(small, "train")) == 18
+    with pytest.raises(data.DataError, match="--skip-bad"):  # of this data alone
+        damage(small, "truncated", f"../val/{TENCH}/0.JPEG")
+        data.load(small, "val")
+
+
+def test_a_photo_that_cannot_be_read_is_like_a_damaged_one(small, monkeypatch):
+    read = Path.read_bytes
+
+    def refuse(path):
+        if path.name == "0.png" and TENCH in str(path):
+            raise PermissionError(13, "Permission denied", str(path))
+        return read(path)
+
+    monkeypatch.setattr(Path, "read_bytes", refuse)
+    with pytest.raises(data.DataError, match=f"Permission denied.*{TENCH}/0.png.*--skip-bad"):
+        data.load(small, "train")
+    assert len(data.load(small, "train", skip_bad=True)) == 19
 
 
 def test_skip_bad_needs_one_photo_of_every_class(small):
@@ -470,6 +641,78 @@ def test_two_processes_at_once_make_one_file(small, tmp_path):
     assert len(data.load(small, "train")) == 20
 
 
+def test_where_the_file_system_has_no_locks_nobody_waits(small, monkeypatch):
+    left = Path(f"{small}/train.pixels.{os.getpid()}1.part")  # perhaps of a process that is writing it
+    left.write_bytes(b"half of it")
+
+    def flock(file, how):
+        raise OSError(95, "Operation not supported")
+
+    monkeypatch.setattr(data, "fcntl", SimpleNamespace(flock=flock, LOCK_EX=2, LOCK_NB=4))
+    assert len(data.load(small, "train")) == 20 and left.exists()
+
+
+@pytest.fixture
+def busy(monkeypatch):
+    """Another process holds every lock, and Ctrl-C is pressed while this one waits."""
+
+    def flock(file, how):
+        raise BlockingIOError if how & 4 else KeyboardInterrupt
+
+    monkeypatch.setattr(data, "fcntl", SimpleNamespace(flock=flock, LOCK_EX=2, LOCK_NB=4))
+
+
+def test_ctrl_c_while_waiting_for_another_process(small, busy, monkeypatch, capsys):
+    status, lines = command(monkeypatch, capsys, small)
+    assert status == 130 and lines[-1].startswith("data.py: interrupted") and "waiting" in lines[-2]
+
+
+def test_who_does_not_wait_for_a_lock_is_told(tmp_path, busy):
+    with pytest.raises(data.DataError, match="run is in use by another process"):
+        with data.lock(tmp_path / "run", wait=False):
+            pass
+
+
+@pytest.mark.parametrize("other", ["made it", "made another"])
+def test_a_file_of_pixels_that_cannot_be_replaced(small, tmp_path, monkeypatch, other):
+    """Windows replaces no file that another process has mapped: what that one made is used if it is the same."""
+    data.load(small, "train")
+    change(small / "train" / TENCH / "0.png")
+    replace = os.replace
+
+    def refuse(source, target):
+        if other == "made it":
+            replace(source, target)
+        raise PermissionError(13, "Access is denied", source, 5, target)
+
+    monkeypatch.setattr(os, "replace", refuse)
+    if other == "made it":
+        assert data.load(small, "train")[0].shape == (30, 30, 3)
+    else:
+        with pytest.raises(data.DataError, match="train.pixels cannot be replaced .*end what uses it"):
+            data.load(small, "train")
+    assert not list(small.glob("*.part"))
+
+
+def test_a_name_that_the_terminal_has_no_letters_for(small, monkeypatch):
+    folder = small.rename(small.with_name("photos \N{CAMERA}"))
+    Image.fromarray(noise(9, 9)).save(folder / "train" / TENCH / "\N{FISH}.png")
+    written = [io.TextIOWrapper(io.BytesIO(), encoding="cp1252") for _ in range(2)]
+    for name, stream in zip(("stdout", "stderr"), written, strict=True):
+        monkeypatch.setattr(sys, name, stream)
+    monkeypatch.setattr(sys, "argv", ["data.py", str(folder)])
+    data.main()
+    assert all(b"photos \\U0001f4f7" in (stream.flush() or stream.buffer.getvalue()) for stream in written)
+
+
+def test_the_demo_is_decoded_to_the_same_bytes_as_ever(demo):
+    """Sorted by class and name, whatever else changes: pixels and labels are those of the first version."""
+    found = {split: hashlib.sha256(data.load(demo, split).pixels.numpy()).hexdigest()[:16] for split in data.COUNTS}
+    assert found == {"train": "29ed9825413a7435", "val": "419ec0dfaddb7c4f"}
+    for split, count in (("train", 6), ("val", 2)):
+        assert data.load(demo, split).labels.tolist() == [k for k in range(10) for _ in range(count)]
+
+
 # ---------------------------------------------------------------- folders
 
 
@@ -478,13 +721,27 @@ def empty(folder):
     folder.mkdir()
 
 
+def one_photo(folder):
+    shutil.rmtree(folder / "val")
+    (folder / "train" / LAST / "1.png").unlink()
+
+
+def one_class(folder):
+    for wnid in list(data.CLASSES)[1:]:
+        shutil.rmtree(folder / "train" / wnid)
+
+
 WRONG_FOLDERS = {  # what is done to it, what the sentence says
     "missing": (shutil.rmtree, ["small does not exist", "DATA="]),
-    "empty": (empty, ["train is missing"]),
-    "without val": (lambda f: shutil.rmtree(f / "val"), ["val is missing"]),
-    "class missing": (lambda f: shutil.rmtree(f / "val" / TENCH), [f"val/{TENCH} is missing"]),
-    "unknown class": (lambda f: (f / "train" / "n00000000").mkdir(), ["train/n00000000 is not an ImageNette class"]),
+    "empty": (empty, ["small holds 0 class folders", "two or more", "python data.py"]),
+    "without train": (lambda f: shutil.rmtree(f / "train"), ["train is missing", "val/"]),
+    "train empty": (lambda f: empty(f / "train"), ["train holds 0 class folders"]),
+    "one class": (one_class, ["train holds 1 class folders", "two or more"]),
+    "unknown class": (lambda f: shutil.copytree(f / "val" / TENCH, f / "val" / "pike"),
+                      ["val/pike is a class that", "train lacks"]),
+    "class missing": (lambda f: shutil.rmtree(f / "train" / TENCH), [f"val/{TENCH} is a class that", "train lacks"]),
     "class empty": (lambda f: empty(f / "train" / LAST), [f"train/{LAST} holds no photo"]),
+    "a class of one photo": (one_photo, [f"train/{LAST} holds one photo", "a class needs two"]),
 }
 
 
@@ -502,23 +759,231 @@ def test_a_wrong_folder_is_refused(small, what, monkeypatch, capsys):
 def test_a_folder_is_used_where_it_is(small, tmp_path, capsys):
     assert data.prepare(small, tmp_path / "root") == small
     assert not (tmp_path / "root").exists() and made_in(small) == set()
-    assert "20 train and 20 val photos (the public ImageNette has 9,469 and 3,925)" in capsys.readouterr().err
+    counts, usual = capsys.readouterr().err.splitlines()
+    assert counts.endswith("20 train and 20 val photos of 10 classes")
+    assert usual.endswith("the public ImageNette has 9,469 and 3,925")
 
 
 def test_usual_counts_are_not_remarked_on(small, capsys, monkeypatch):
     monkeypatch.setattr(data, "COUNTS", {"train": 20, "val": 20})
     data.prepare(small)
-    assert capsys.readouterr().err.endswith("20 train and 20 val photos\n")
+    assert capsys.readouterr().err.endswith("20 train and 20 val photos of 10 classes\n")
+
+
+# ---------------------------------------------------------------- anybody's folders
+
+
+def draw_classes(folder, **counts):
+    """A folder per class, with so many photos, each another: their names are those of a camera."""
+    for k, (label, count) in enumerate(counts.items()):
+        (folder / label).mkdir(parents=True)
+        for i in range(count):
+            Image.fromarray(noise(6, 7 + k, i)).save(folder / label / f"DSC{i:05}.png")
+    return folder
+
+
+@pytest.fixture
+def pets(tmp_path):
+    """Class folders directly: 40 cats, 3 dogs, 2 fish."""
+    return draw_classes(tmp_path / "pets", cat=40, dog=3, fish=2)
+
+
+@pytest.mark.parametrize("name", ["val", "valid", "validation", "test"])
+def test_the_folder_to_validate_on_has_several_names(pets, tmp_path, capsys, name):
+    draw_classes(tmp_path / "both" / name, dog=4, cat=1)
+    pets.rename(tmp_path / "both" / "train")
+    folder = data.prepare(tmp_path / "both")
+    error = capsys.readouterr().err
+    assert "45 train and 5 val photos of 3 classes" in error and "no val photos of 1 classes (fish)" in error
+    assert ("is used to validate on" in error) == (name != "val") and f"{name}/ is used" in error + "val/ is used"
+    train, val = (data.load(folder, split) for split in ("train", "val"))
+    assert train.classes == val.classes == ["cat", "dog", "fish"]
+    assert val.names[0] == "cat/DSC00000.png" and val.labels.tolist() == [0, 1, 1, 1, 1]
+    assert train.labels.tolist() == [0] * 40 + [1] * 3 + [2] * 2
+
+
+def test_of_several_folders_to_validate_on_the_first_is_taken(pets, tmp_path, capsys):
+    for name, dogs in (("test", 1), ("valid", 2), ("validation", 3)):
+        draw_classes(tmp_path / "all" / name, dog=dogs)
+    pets.rename(tmp_path / "all" / "train")
+    assert len(data.load(data.prepare(tmp_path / "all"), "val")) == 2
+    assert "valid/ is used to validate on" in capsys.readouterr().err
+
+
+def is_val(label, name):
+    digest = hashlib.blake2b(f"{label}/{name}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") < 0.15 * 2**64
+
+
+@pytest.mark.parametrize("layout", ["train alone", "class folders", "a test folder without classes"])
+def test_without_a_folder_to_validate_on_a_share_is_set_aside(pets, tmp_path, capsys, layout):
+    folder = pets
+    if layout != "class folders":
+        folder = tmp_path / "folder"
+        folder.mkdir()
+        pets.rename(folder / "train")
+    if layout == "a test folder without classes":  # as Kaggle has it
+        (folder / "test").mkdir()
+        Image.fromarray(noise(6, 6)).save(folder / "test" / "1.png")
+    assert data.prepare(folder) == folder
+    val = data.load(folder, "val")
+    names = data.load(folder, "train").names + val.names
+    assert sorted(names) == sorted(p.relative_to(p.parent.parent).as_posix() for p in folder.rglob("*/DSC*.png"))
+    assert f"{len(val)} photos, about 15% of each class, set aside" in capsys.readouterr().err
+    expected = [name for name in names if name.startswith("cat") and is_val(*name.split("/"))]
+    assert [name for name in val.names if name.startswith("cat")] == sorted(expected) and 2 <= len(expected) <= 12
+    assert {name.split("/")[0] for name in val.names} == {"cat", "dog", "fish"}
+
+
+def test_photos_that_are_added_move_no_other_across(tmp_path):
+    before = draw_classes(tmp_path / "before", cat=30, dog=40)
+    after = draw_classes(tmp_path / "after", cat=60, dog=40, eel=9)
+    old, new = ({split: set(data.load(f, split).names) for split in ("train", "val")} for f in (before, after))
+    assert all(old[split] < new[split] for split in old)
+
+
+def test_a_class_whose_photos_all_fall_to_one_side_is_still_shared_out(tmp_path):
+    low = [f"{i}.png" for i in range(60) if is_val("a", f"{i}.png")][:2]
+    high = [f"{i}.png" for i in range(60) if not is_val("b", f"{i}.png")][:2]
+    for label, names in (("a", low), ("b", high)):
+        (tmp_path / "ab" / label).mkdir(parents=True)
+        for name in names:
+            Image.fromarray(noise(6, 6)).save(tmp_path / "ab" / label / name)
+    photos = [data.load(tmp_path / "ab", split) for split in ("train", "val")]
+    assert [p.labels.tolist() for p in photos] == [[0, 1], [0, 1]]
+
+
+def test_wordnet_ids_are_shown_as_words_and_all_others_by_their_folder(tmp_path, small):
+    assert data.load(small, "val").classes == list(data.CLASSES.values())
+    dogs = draw_classes(tmp_path / "dogs", n02115641=2, n99999999=2, Zebra=2, apple=2)
+    assert data.load(dogs, "train").classes == ["Zebra", "apple", "dingo", "n99999999"]
+    twice = draw_classes(tmp_path / "twice", n02115641=2, dingo=2)
+    assert data.load(twice, "train").classes == ["dingo", "n02115641"]  # no two of one name
+
+
+def test_photos_take_the_labels_of_a_network(pets):
+    photos = data.load(pets, "train")
+    other = photos.relabelled(["fish", "cat", "dog"])
+    assert other.classes == ["fish", "cat", "dog"] and photos.classes == ["cat", "dog", "fish"]
+    assert all(other.classes[o] == photos.classes[p] for o, p in zip(other.labels, photos.labels, strict=True))
+    with pytest.raises(data.DataError, match="fish.*eel, emu"):
+        photos.relabelled(["cat", "dog", "emu", "eel"])
+
+
+def test_every_photo_has_the_hash_of_its_file(pets):
+    photos = data.load(pets, "train")
+    files = [(pets / name).read_bytes() for name in photos.names]
+    assert photos.digests == [hashlib.blake2b(file, digest_size=8).hexdigest() for file in files]
+    some = photos.subset(torch.tensor([3, 1]))
+    assert some.digests == [photos.digests[3], photos.digests[1]] and some.classes == photos.classes
+
+
+def test_the_fingerprint_is_that_of_names_files_and_stored_sizes(tmp_path):
+    photos = data.load(draw_classes(tmp_path / "a", cat=5, dog=5), "train")
+    again = data.load(draw_classes(tmp_path / "b", cat=5, dog=5), "train")
+    assert photos.fingerprint == again.fingerprint
+    os.utime(tmp_path / "b" / photos.names[0], (1, 1))
+    assert data.load(tmp_path / "b", "train").fingerprint == photos.fingerprint
+    others = [data.load(tmp_path / "b", "train", side=4), data.load(tmp_path / "b", "val")]
+    Image.fromarray(noise(6, 7, 99)).save(tmp_path / "b" / photos.names[0])  # another photo of the same name and size
+    others.append(data.load(tmp_path / "b", "train", side=6))
+    (tmp_path / "a" / photos.names[0]).rename(tmp_path / "a" / "cat" / "new.png")
+    others.append(data.load(tmp_path / "a", "train"))
+    assert len({photos.fingerprint, *(other.fingerprint for other in others)}) == 5
+
+
+def test_photos_in_both_splits_are_counted_and_said(small, monkeypatch, capsys):
+    shutil.copy(small / "train" / TENCH / "0.png", small / "val" / LAST / "copy.png")
+    photos = {split: data.load(small, split) for split in data.COUNTS}
+    same = sum(p.read_bytes() in {q.read_bytes() for q in (small / "train").rglob("*.png")}
+               for p in (small / "val").rglob("*.png"))
+    assert data.shared(**photos) == same == 21  # the fixture draws the same photos for both
+    status, lines = command(monkeypatch, capsys, small)
+    assert status == 0 and lines[-1] == f"{small}: 21 val photos are in train too, byte for byte"
+    assert data.shared(photos["train"], data.from_arrays([noise(3, 3)])) == 0
+
+
+# ---------------------------------------------------------------- large photos
+
+
+def test_a_large_photo_is_reduced_and_a_small_one_stays(tmp_path):
+    folder = draw_classes(tmp_path / "ab", a=2, b=2)
+    gradient = np.linspace(0, 255, 400 * 900 * 3).astype(np.uint8).reshape(900, 400, 3)
+    for name in ("large.png", "large.jpg"):
+        Image.fromarray(gradient).save(folder / "a" / name)
+    photos = {name: p[i] for p in (data.load(folder, s, side=100) for s in ("train", "val"))
+              for i, name in enumerate(p.names)}
+    for name, photo in photos.items():
+        image = Image.open(folder / name)
+        if "large" in name:
+            assert photo.shape == (225, 100, 3)
+            error = photo.numpy().astype(int) - np.asarray(image.resize((100, 225), Image.BOX), int)
+            assert np.abs(error).max() <= (8 if name.endswith("jpg") else 2)
+        else:
+            assert np.array_equal(photo, image)
+
+
+@pytest.mark.parametrize("orientation", STORED)
+def test_a_turned_photo_is_reduced_like_an_upright_one(orientation):
+    upright = np.kron(noise(2, 3), np.ones((64, 64, 1), np.uint8))
+    exif = Image.Exif()
+    exif[274] = orientation
+    stored = encoded(Image.fromarray(np.ascontiguousarray(STORED[orientation](upright))), "JPEG", exif=exif, quality=95)
+    array = data.decode(stored, side=32)
+    assert array.shape == (32, 48, 3)
+    assert np.abs(array[8::16, 8::16].astype(int) - upright[32::64, 32::64]).max() <= 6  # the middles of its blocks
+
+
+def test_a_jpeg_is_reduced_by_its_decoder_first(monkeypatch):
+    file, sizes, load = encoded(Image.new("RGB", (1600, 1200)), "JPEG"), [], ImageFile.ImageFile.load
+    monkeypatch.setattr(ImageFile.ImageFile, "load", lambda image: sizes.append(image.size) or load(image))
+    assert data.decode(file, side=150).shape == (150, 200, 3)
+    assert max(sizes) == (200, 150)
+
+
+def test_the_side_is_stored_and_remembered(small, monkeypatch, capsys, no_decoding):
+    photos = data.load(small, "train")
+    assert torch.minimum(photos.height, photos.width).max() == 15
+    assert command(monkeypatch, capsys, small, "--side", 8)[0] == 0
+    change(small / "val" / TENCH / "0.png")
+    for split in data.COUNTS:
+        photos = data.load(small, split)  # decoded anew
+        assert torch.minimum(photos.height, photos.width).unique().tolist() == [8]
+    no_decoding()
+    data.load(small, "val", side=8)
+    with pytest.raises(AssertionError, match="decoded again"):
+        data.load(small, "val", side=9)
+
+
+def test_a_side_of_nothing_is_refused(small, monkeypatch, capsys):
+    status, lines = command(monkeypatch, capsys, small, "--side", 0)
+    assert status == 2 and "--side 0" in lines[-1]
+
+
+def test_few_decoded_photos_wait_in_memory(tmp_path, monkeypatch):
+    folder, decode, begun = draw_classes(tmp_path / "ab", a=200, b=2), data.decode, []
+    monkeypatch.setattr(os, "cpu_count", lambda: 2)
+    monkeypatch.setattr(data, "decode", lambda *given: begun.append(1) or decode(*given))
+    for done, _ in enumerate(data.decode_all([p for p in folder.rglob("*.png")], 256)):
+        assert len(begun) <= done + 12
+    assert done == 201
 
 
 # ---------------------------------------------------------------- archives
 
 
 def pack(path, folder, *members, top="imagenette2-160/"):
-    """A .tgz of a folder, made like the public one, and then of `members`."""
-    with tarfile.open(path, "w:gz") as tar:
-        for entry in sorted(folder.rglob("*")):
-            tar.add(entry, top + entry.relative_to(folder).as_posix(), recursive=False)
+    """A .tgz, .tar or .zip of a folder, made like the public one, and then of `members` (of a tar)."""
+    entries = [(entry, top + entry.relative_to(folder).as_posix()) for entry in sorted(folder.rglob("*"))
+               if entry.suffix not in (".pixels", ".lock")]
+    if path.suffix == ".zip":
+        with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as file:
+            for entry, name in entries:
+                file.write(entry, name)
+        return path
+    with tarfile.open(path, "w:gz" if path.suffix == ".tgz" else "w") as tar:
+        for entry, name in entries:
+            tar.add(entry, name, recursive=False)
         for member in members:
             tar.addfile(member, io.BytesIO(bytes(member.size)))
     return path
@@ -536,14 +1001,37 @@ def contents(folder):
 
 
 @pytest.mark.parametrize("top", ["imagenette2-160/", ""])
-def test_an_archive_is_unpacked_once(demo, tmp_path, monkeypatch, capsys, top):
-    archive, root = pack(tmp_path / "photos.tgz", demo, top=top), tmp_path / "root"
+@pytest.mark.parametrize("suffix", [".tgz", ".tar", ".zip"])
+def test_an_archive_is_unpacked_once(demo, tmp_path, monkeypatch, capsys, suffix, top):
+    archive, root = pack(tmp_path / f"photos{suffix}", demo, top=top), tmp_path / "root"
     folder = data.prepare(archive, root)
     assert folder == root / "photos" and made_in(root) == {"photos"}
     assert contents(folder) == contents(demo)
-    assert "60 train and 20 val photos (the public ImageNette has 9,469 and 3,925)" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert "60 train and 20 val photos of 10 classes\n" in error and "public ImageNette has 9,469 and 3,925\n" in error
     monkeypatch.setattr(data, "extract", lambda *_: pytest.fail("unpacked again"))
     assert data.prepare(archive, root) == folder
+
+
+def test_an_archive_of_class_folders_from_a_mac(pets, tmp_path):
+    archive = pack(tmp_path / "photos.zip", pets, top="pets/")
+    with zipfile.ZipFile(archive, "a") as file:
+        file.writestr("__MACOSX/pets/cat/._DSC00000.png", b"no photo")
+        file.writestr("pets/cat/.DS_Store", b"no photo")
+    assert contents(data.prepare(archive, tmp_path / "root")) == contents(pets)
+
+
+def test_a_tar_is_unpacked_by_a_python_without_filters(small, tmp_path, monkeypatch):
+    """Python 3.11.0 to 3.11.3 (Debian 12 has 3.11.2): `TarFile.extract` takes no filter."""
+    extract = tarfile.TarFile.extract
+
+    def old(self, member, path="", set_attrs=True, *, numeric_owner=False):
+        return extract(self, member, path, set_attrs, numeric_owner=numeric_owner)
+
+    monkeypatch.setattr(tarfile.TarFile, "extract", old)
+    for name in ("data_filter", "FilterError"):
+        monkeypatch.delattr(tarfile, name, raising=False)
+    assert contents(data.prepare(pack(tmp_path / "photos.tgz", small), tmp_path / "root")) == contents(small)
 
 
 def test_an_archive_that_changed_is_unpacked_anew(small, tmp_path):
@@ -582,7 +1070,6 @@ WRONG_ARCHIVES = {  # from the bytes of a good one
     "text": lambda raw: b"<html>404 Not Found</html>",
     "noise": lambda raw: random.Random(0).randbytes(5000),
     "compressed noise": lambda raw: gzip.compress(random.Random(0).randbytes(5000)),
-    "not compressed": gzip.decompress,
     "cut in the middle": lambda raw: raw[: len(raw) // 2],
     "cut by its last byte": lambda raw: raw[:-1],
     "cut before its checksum": lambda raw: raw[:-8],
@@ -600,6 +1087,33 @@ def test_a_damaged_archive_is_refused(small, tmp_path, how, monkeypatch, capsys)
     status, lines = command(monkeypatch, capsys, archive, "--root", root)
     assert status == 2 and len(lines) == 1 and lines[0].startswith(f"data.py: {archive}")
     assert "damaged" in lines[0] and made_in(root) == set()
+
+
+def header_of_a_member(raw):
+    return raw.index(f"imagenette2-160/val/{TENCH}/1.png".encode())
+
+
+WRONG_OTHERS = {  # a .tar has no checksum but of its headers
+    "tar cut in a photo": (".tar", lambda raw: raw[: header_of_a_member(raw) + 600]),
+    "tar cut between two photos": (".tar", lambda raw: raw[: header_of_a_member(raw)]),
+    "tar with a damaged header": (".tar", lambda raw: flip_byte(raw, header_of_a_member(raw))),
+    "zip cut": (".zip", lambda raw: raw[: len(raw) // 2]),
+    "zip without its last byte": (".zip", lambda raw: raw[:-1]),
+    "zip with a byte changed": (".zip", lambda raw: flip_byte(raw, raw.index(b"PK", 4000) - 50)),
+    "encrypted zip": (".zip", lambda raw: raw.replace(b"PK\1\2\x14\3\x14\0\0\0", b"PK\1\2\x14\3\x14\0\1\0")),
+}
+
+
+@pytest.mark.parametrize("how", WRONG_OTHERS)
+def test_a_damaged_tar_or_zip_is_refused(small, tmp_path, how):
+    suffix, spoil = WRONG_OTHERS[how]
+    archive, root = pack(tmp_path / f"photos{suffix}", small), tmp_path / "root"
+    good = archive.read_bytes()
+    archive.write_bytes(spoil(good))
+    assert archive.read_bytes() != good
+    with pytest.raises(data.DataError, match="cut short, damaged"):
+        data.prepare(archive, root)
+    assert made_in(root) == set()
 
 
 LINK = "imagenette2-160/link"
@@ -631,17 +1145,46 @@ def test_an_evil_archive_is_refused(small, tmp_path, what):
     assert (out / "secret.txt").stat().st_nlink == 1 and not (tmp_path / "outside").exists()
 
 
-@pytest.mark.parametrize("limit, value", [("MAX_FILES", 30), ("MAX_BYTES", 5000)])
-def test_an_archive_beyond_all_measure_is_refused(small, tmp_path, monkeypatch, limit, value):
-    monkeypatch.setattr(data, limit, value)
-    with pytest.raises(data.DataError, match="holds more than an ImageNette can"):
-        data.prepare(pack(tmp_path / "photos.tgz", small), tmp_path / "root")
+EVIL_ZIP = {  # name, UNIX mode
+    "parent": ("a/../../outside", 0o100644),
+    "absolute": ("/outside", 0o100644),
+    "backslashes": ("a\\..\\..\\outside", 0o100644),
+    "drive": ("C:outside", 0o100644),
+    "symlink": ("a/link", 0o120777),
+    "device": ("a/device", 0o020644),
+}
+
+
+@pytest.mark.parametrize("what", EVIL_ZIP)
+def test_an_evil_zip_is_refused(small, tmp_path, what):
+    out, root, (name, mode) = tmp_path / "out", tmp_path / "out" / "root", EVIL_ZIP[what]
+    out.mkdir()
+    archive = pack(tmp_path / "photos.zip", small)
+    with zipfile.ZipFile(archive, "a") as file:
+        info = zipfile.ZipInfo(name)
+        info.external_attr = mode << 16
+        file.writestr(info, b"../../outside")
+    with pytest.raises(data.DataError, match="photos.zip (would write outside|holds a link or a device)"):
+        data.prepare(archive, root)
+    assert made_in(root) == set() and {p.name for p in out.iterdir()} == {"root"}
+
+
+@pytest.mark.parametrize("suffix", [".tgz", ".tar", ".zip"])
+@pytest.mark.parametrize("limit", ["files", "bytes"])
+def test_an_archive_beyond_all_measure_is_refused(small, tmp_path, monkeypatch, limit, suffix):
+    usage = shutil.disk_usage(tmp_path)
+    if limit == "files":
+        monkeypatch.setattr(data, "MAX_FILES", 30)
+    else:
+        monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=data.SPARE_BYTES + 5000))
+    with pytest.raises(data.DataError, match="holds more than fits here"):
+        data.prepare(pack(tmp_path / f"photos{suffix}", small), tmp_path / "root")
     assert made_in(tmp_path / "root") == set()
 
 
 def test_an_archive_of_something_else_is_refused(small, tmp_path):
-    shutil.rmtree(small / "val" / TENCH)
-    with pytest.raises(data.DataError, match=f"val/{TENCH} is missing"):
+    shutil.rmtree(small / "train" / TENCH)
+    with pytest.raises(data.DataError, match=f"photos.tgz cannot be used: .*val/{TENCH} is a class that"):
         data.prepare(pack(tmp_path / "photos.tgz", small), tmp_path / "root")
     assert made_in(tmp_path / "root") == set()
 
@@ -835,7 +1378,7 @@ def test_a_full_disk_keeps_the_older_pixels(small, run):
 
 def test_a_full_disk_leaves_nothing_half_unpacked(small, tmp_path, monkeypatch, capsys):
     archive = pack(tmp_path / "photos.tgz", small)
-    real, written = tarfile.copyfileobj, Counter()
+    real, written = shutil.copyfileobj, Counter()
 
     def full(*arguments, **options):
         written["files"] += 1
@@ -843,7 +1386,7 @@ def test_a_full_disk_leaves_nothing_half_unpacked(small, tmp_path, monkeypatch, 
             raise OSError(28, "No space left on device")
         return real(*arguments, **options)
 
-    monkeypatch.setattr(tarfile, "copyfileobj", full)
+    monkeypatch.setattr(shutil, "copyfileobj", full)
     status, lines = command(monkeypatch, capsys, archive, "--root", tmp_path / "root")
     assert status == 2 and len(lines) == 1 and "No space left on device" in lines[0]
     assert made_in(tmp_path / "root") == set()

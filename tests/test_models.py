@@ -516,3 +516,72 @@ def test_the_file_works_alone(tmp_path):
     alone = subprocess.run([sys.executable, "-I", "-B", "-c", ALONE], cwd=tmp_path, capture_output=True, text=True)
     assert alone.returncode == 0, alone.stderr
     assert json.loads(alone.stdout) == [str(tmp_path / "models.py"), [], ["models.py"], [1, 2]]
+
+
+# ---------------------------------------------------------------- several looks
+
+
+@pytest.mark.parametrize("arch", ["cnn", "resnet18", "mobilenet_v2"])
+@torch.no_grad()
+def test_several_looks_keep_the_identity(arch):
+    torch.manual_seed(0)
+    plain = models.build(arch).double().eval()
+    network = models.with_looks(plain, [64, 96, 128])
+    x = torch.randn(2, 3, 128, 100, dtype=torch.double)
+    torch.nn.init.normal_(plain.head.weight).div_(network.features(x).std())  # random features can be tiny
+    features, logits = network.features(x), network(x)
+    maps = torch.einsum("kc,nchw->nkhw", network.head.weight, features)
+    assert (maps.mean((2, 3)) + network.head.bias - logits).abs().max() < 1e-10
+    assert logits.abs().max() > 1e-3
+
+
+@torch.no_grad()
+def test_looks_are_averaged_on_the_finest_of_their_maps():
+    plain = models.cnn().eval()
+    network, x = models.with_looks(plain, [32, 64]), torch.randn(2, 3, 64, 64)
+    small = F.interpolate(x, (32, 32), mode="bilinear", antialias=True)
+    small = F.interpolate(plain.features(small), (8, 8), mode="bilinear")
+    assert torch.allclose(network.features(x), (small + plain.features(x)) / 2, atol=1e-6)
+
+
+def test_one_look_is_the_plain_network_and_looks_are_replaced_not_nested():
+    plain = models.cnn()
+    several = models.with_looks(plain, [64, 32])
+    assert models.with_looks(plain, [64]).features is plain.features
+    assert models.with_looks(several, [96, 32]).features.features is plain.features
+    assert several.features.sizes == (32, 64)
+
+
+@torch.no_grad()
+def test_a_checkpoint_remembers_its_looks_and_takes_others(tmp_path):
+    path, network = tmp_path / "best.pt", models.with_looks(models.cnn(3), [32, 64])
+    accuracies = {"32 64": 0.5, "32": 0.25}
+    models.save(path, network, arch="cnn", classes=["a", "b", "c"], looks=[32, 64], accuracies=accuracies)
+    x = torch.randn(1, 3, 64, 64)
+    again, facts = models.load(path)
+    assert torch.equal(again(x), network.eval()(x))
+    assert (facts["looks"], facts["size"], facts["accuracy"]) == ([32, 64], 64, 0.5)
+    again, facts = models.load(path, looks=[32])
+    assert torch.equal(again(x), models.with_looks(network, [32])(x))
+    assert (facts["looks"], facts["size"], facts["accuracy"]) == ([32], 32, 0.25)
+    assert models.load(path, looks=[64, 128])[1]["accuracy"] is None  # was never measured
+
+
+@pytest.mark.parametrize(("frozen", "holdout", "how", "on"), [
+    (True, 0.0, "only its last layer trained", "val"), (False, 0.2, "trained", "held-out train")])
+def test_a_checkpoint_from_before_there_were_looks_loads(tmp_path, frozen, holdout, how, on):
+    settings = {"frozen": frozen, "holdout": holdout}
+    models.write(tmp_path / "old.pt", dict(format="camnet-1", arch="cnn", classes=["a", "b"], size=96, accuracy=0.7,
+                                           settings=settings, epoch=3, state=models.cnn(2).state_dict()))
+    network, facts = models.load(tmp_path / "old.pt")
+    assert (facts["looks"], facts["size"], facts["accuracy"], facts["how"]) == ([96], 96, 0.7, how)
+    assert (facts["accuracy_on"], facts["accuracy_n"]) == (on, None)
+    assert models.load(tmp_path / "old.pt", looks=[64, 96])[1]["accuracy"] is None
+
+
+def test_norms_are_folded_under_looks_too():
+    network = models.with_looks(models.build("resnet18").eval(), [64, 96])
+    folded, x = models.fold_norms(network), torch.randn(1, 3, 96, 96)
+    assert not any(isinstance(m, torch.nn.BatchNorm2d) for m in folded.modules())
+    with torch.no_grad():
+        assert torch.allclose(folded.features(x), network.features(x), atol=1e-3)

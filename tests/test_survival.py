@@ -55,7 +55,7 @@ def arguments(photos, runs, *more, epochs=EPOCHS):
 
 def training(photos, runs, *more, **options):
     """A training in this process, up to its end."""
-    train.train(train.parse_arguments([str(word) for word in arguments(photos, runs, *more, **options)]))
+    train.train(*train.parse_arguments([str(word) for word in arguments(photos, runs, *more, **options)]))
 
 
 @pytest.fixture
@@ -114,7 +114,7 @@ def whole(demo, tmp_path_factory):
 
     def save_and_copy(*things):
         save(*things)
-        if len(things[-1]) == 2:
+        if len(things[1]) == 2:
             shutil.copytree(runs / "cnn", runs / "halfway")
 
     with pytest.MonkeyPatch.context() as patch:
@@ -602,7 +602,7 @@ def shard(out):
     precision = train.Precision(None, False, torch.contiguous_format)
     losses, *counts = train.train_epoch(module, batches, plan, Recorder(network.parameters()), scaler, precision)
     val = photos.subset(torch.arange(train.RANK, 23, train.WORLD))
-    measured = train.evaluate(network, data.eval_batches(val, 16, 4), precision)
+    measured = train.evaluate(network, data.eval_batches(val, 16, 4), precision, 10)
     sums = [train.sum_over_processes(t) for t in (losses / train.WORLD, torch.tensor(counts), measured)]
     torch.save([gradients, sums], out)
 
@@ -667,7 +667,7 @@ def test_a_dead_process_ends_the_others_and_the_same_command_goes_on(start, fres
     network = models.cnn()
     network.load_state_dict(last["network"])
     batches = data.eval_batches(data.load(fresh, "val"), 32, 128)
-    loss, right, _ = train.evaluate(network, batches, train.choose_precision(torch.device("cpu"))).tolist()
+    loss, right, _ = train.evaluate(network, batches, train.choose_precision(torch.device("cpu")), 10).sum(1).tolist()
     assert abs(right / 19 - row["val_accuracy"]) < 1e-4  # what is saved is what was measured
     assert abs(loss / 19 - row["val_loss"]) < 1e-3 * loss / 19
     if kills > 1:

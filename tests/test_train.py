@@ -24,6 +24,7 @@ import data
 import models
 import train
 
+cross_entropy = F.cross_entropy
 EPOCHS = 6  # of the runs that are interrupted
 CPU = torch.device("cpu")
 FLOAT32 = train.Precision(None, False, torch.contiguous_format)
@@ -31,20 +32,21 @@ SMOOTHING = 0.2
 KINDS = {  # what is trained: everything from scratch, a last layer alone, a network of which all is fine-tuned
     "cnn": ["cnn"],
     "head": ["resnet18", "--weights", "none"],
-    "unfreeze": ["resnet18", "--weights", "none", "--unfreeze"],
+    "all": ["resnet18", "--weights", "none", "--unfreeze"],
 }
 TIMES = {"seconds", "images_per_second"}  # what may differ between two runs of the same seed
 
 
 def arguments(demo, runs, *more, arch="cnn", epochs=EPOCHS):
     """A training of the smallest size: 60 photos of 16 x 16 px, 2 steps an epoch."""
+    crop = ["--crop", "16"] if arch == "cnn" or "--unfreeze" in more else []
     return [arch, "--data", str(demo), "--runs", str(runs), "--device", "cpu", "--epochs", str(epochs), "--size", "16",
-            "--crop", "16", "--batch-size", "32", *map(str, more)]  # fmt: skip
+            "--looks", "16", *crop, "--batch-size", "32", *map(str, more)]
 
 
 def training(*these, **options):
     """A training in this process, up to its end or to whatever stops it."""
-    train.train(train.parse_arguments(arguments(*these, **options)))
+    train.train(*train.parse_arguments(arguments(*these, **options)))
 
 
 def stop_after(epochs, monkeypatch):
@@ -53,7 +55,7 @@ def stop_after(epochs, monkeypatch):
 
     def save_and_stop(*things):
         save(*things)
-        if len(things[-1]) == epochs:
+        if len(things[1]) == epochs:
             raise KeyboardInterrupt
 
     monkeypatch.setattr(train, "save_epoch", save_and_stop)
@@ -65,14 +67,18 @@ def plan(batches, rates):
 
 
 def accuracy_of(network, batches, precision):
-    _, right, count = train.evaluate(network, batches, precision).tolist()
-    return right / count
+    return train.val_scores(train.evaluate(network, batches, precision, 10))["val_accuracy"]
 
 
 def log(folder):
     """The rows of log.csv, but for what the clock says."""
     with open(folder / "log.csv", newline="") as file:
         return [{k: v for k, v in row.items() if k not in TIMES} for row in csv.DictReader(file)]
+
+
+def contents(folder):
+    """What lies in a run's folder, but for the lock."""
+    return {p.name: p.read_bytes() for p in folder.iterdir() if p.name != "run.lock"}
 
 
 def same(a, b):
@@ -203,6 +209,33 @@ def test_every_parameter_is_trained_once_and_filter_banks_alone_decay(kind, demo
     assert isinstance(module, nn.Linear) == (kind == "head")
 
 
+def test_a_step_of_all_banks_at_once_is_that_of_each_alone():
+    torch.manual_seed(0)
+    network, rate, decay, momentum = models.cnn(), 0.1, 0.05, 0.9
+    optimizer = train.Muon(network, rate, decay, momentum)
+    expected = {p: (p.detach().clone(), torch.zeros_like(p)) for p in network.parameters()}
+    for _ in range(2):
+        for p in network.parameters():
+            p.grad = torch.randn_like(p)
+        optimizer.step()
+        for p, (value, velocity) in expected.items():
+            velocity.mul_(momentum).add_(p.grad)
+            step, scale = p.grad + momentum * velocity, train.PLAIN_LR
+            if p.ndim == 4 and p.shape[1] > 3:
+                matrix = train.orthogonalise(step.reshape(len(p), -1))
+                step, scale = matrix.view_as(p) * max(1, matrix.shape[0] / matrix.shape[1]) ** 0.5, 1
+                value.mul_(1 - rate * decay)
+            value.sub_(rate * scale * step)
+    for p, (value, _) in expected.items():
+        assert torch.allclose(p, value, atol=1e-4)
+
+
+def test_classes_of_few_photos_count_as_much_in_the_mean_of_classes():
+    loss, right, photos = torch.tensor([8.0, 4.0, 0.0]), torch.tensor([9.0, 0.0, 0.0]), torch.tensor([9.0, 3.0, 0.0])
+    assert train.val_scores(torch.stack([loss, right, photos])) == {
+        "val_loss": 1.0, "val_accuracy": 0.75, "val_class_accuracy": 0.5}
+
+
 def test_the_loop_fits_on_a_screen_and_has_backward_in_it():
     source = inspect.getsource(train.train_epoch)
     body = ast.parse(source).body[0].body
@@ -216,12 +249,12 @@ def test_one_batch_can_be_learnt_by_heart(demo, tmp_path, monkeypatch):
     monkeypatch.setattr(train, "save_epoch", lambda *things: None)
     photos = data.load(demo, "train").subset(torch.arange(0, 60, 4))
     (batch,) = data.eval_batches(photos, 24, len(photos))
-    options = train.parse_arguments(arguments(demo, tmp_path, "--batch-size", len(photos), epochs=4))
+    recipe, _ = train.parse_arguments(arguments(demo, tmp_path, "--batch-size", len(photos), epochs=4))
     torch.manual_seed(0)
     network = models.cnn()
     batches = network, lambda generator: [batch] * 8, lambda: [batch]
-    settings = {"photos": [8 * len(photos), len(photos)]}
-    rows = train.run_epochs(tmp_path, options, settings, network, batches, None, train.choose_precision(CPU))
+    facts, precision = {"classes": photos.classes}, train.choose_precision(CPU)
+    rows = train.run_epochs(tmp_path, recipe, network, batches, 8 * len(photos), facts, None, precision)
     assert len(rows) == 4 and rows[-1]["train_accuracy"] == 1 and rows[-1]["val_accuracy"] == 1
     assert rows[-1]["train_loss"] < rows[0]["train_loss"] / 2
 
@@ -246,8 +279,11 @@ def test_the_loop_uses_the_rates_it_is_given():
 def test_evaluation_is_a_mean_over_photos_not_over_batches():
     head, x, labels = nn.Sequential(nn.Dropout(0.9), nn.Linear(4, 10)), torch.randn(11, 4), torch.arange(11) % 10
     batches = [(x[:8], labels[:8]), (x[8:], labels[8:])]
-    loss, right, count = train.evaluate(head, batches, FLOAT32).tolist()
+    sums = train.evaluate(head, batches, FLOAT32, 10)
+    loss, right, count = sums.sum(1).tolist()
     logits = head[1](x).detach()
+    assert sums[2].tolist() == [2] + [1] * 9  # photos of each class
+    assert sums[1].tolist() == torch.zeros(10).index_add_(0, labels, (logits.argmax(1) == labels).float()).tolist()
     assert loss / count == pytest.approx(float(F.cross_entropy(logits, labels)), abs=1e-6)
     assert (right, count) == (int((logits.argmax(1) == labels).sum()), 11)
 
@@ -349,7 +385,8 @@ def features_of(network, photos, size, mirror):
 def test_stored_features_are_those_of_the_network(demo, mirrored):
     network, photos = frozen_resnet(), data.load(demo, "val")
     before = {k: v.clone() for k, v in network.state_dict().items()}
-    stored = train.stored_features(network, photos, 32, FLOAT32, mirrored)
+    stored, labels = train.stored_features(network, photos, 32, FLOAT32, mirrored)
+    assert torch.equal(labels, photos.labels)
     assert stored.dtype == torch.float32 and not stored.requires_grad and len(stored) == 1 + mirrored
     for side, mirror in zip(stored, (False, True), strict=False):
         assert torch.allclose(side, features_of(network, photos, 32, mirror), rtol=1e-4, atol=1e-4)
@@ -357,14 +394,14 @@ def test_stored_features_are_those_of_the_network(demo, mirrored):
 
 
 def test_training_on_stored_features_equals_training_through_the_network(demo, tmp_path):
-    more = ["--weights", "none", "--size", 32]
-    options = train.parse_arguments(arguments(demo, tmp_path, *more, arch="resnet18"))
+    more = ["--weights", "none", "--looks", 32]
+    recipe, _ = train.parse_arguments(arguments(demo, tmp_path, *more, arch="resnet18"))
     network, photos = frozen_resnet(), data.load(demo, "train")
     nn.init.normal_(network.head.weight, std=0.01)
     reference = frozen_resnet()
     reference.load_state_dict(network.state_dict())
 
-    module, train_batches, _ = train.make_batches(options, network, photos, data.load(demo, "val"), FLOAT32)
+    module, train_batches, _ = train.make_batches(recipe, network, photos, data.load(demo, "val"), FLOAT32)
     assert module is network.head
     batches = [batch for epoch in range(2) for batch in train_batches(torch.Generator().manual_seed(epoch))]
     rates = [0.05 / (1 + i) for i in range(len(batches))]
@@ -399,12 +436,11 @@ def test_training_on_stored_features_equals_training_through_the_network(demo, t
 
 
 def test_a_run_leaves_these_files(trained):
-    assert {p.name for p in trained.iterdir()} == {"best.pt", "last.pt", "log.csv", "curves.png", "config.json",
-                                                   "result.json"}  # fmt: skip
+    assert contents(trained).keys() == {"best.pt", "last.pt", "log.csv", "curves.png", "config.json", "result.json"}
     with open(trained / "log.csv", newline="") as file:
         rows = list(csv.DictReader(file))
-    assert list(rows[0]) == ["epoch", "train_loss", "train_accuracy", "val_loss", "val_accuracy", "lr",
-                             "images_per_second", "seconds"]  # fmt: skip
+    assert list(rows[0]) == ["epoch", "train_loss", "train_accuracy", "val_loss", "val_accuracy",
+                             "val_class_accuracy", "lr", "images_per_second", "seconds"]
     assert [int(row["epoch"]) for row in rows] == list(range(1, EPOCHS + 1))
     assert all(0 <= float(row["val_accuracy"]) <= 1 and float(row["train_loss"]) > 0 for row in rows)
     assert float(rows[-1]["train_loss"]) < float(rows[0]["train_loss"])  # it learns
@@ -484,13 +520,12 @@ def test_seed_and_epoch_decide_the_order_of_the_photos(demo, tmp_path, monkeypat
 @pytest.mark.parametrize("kind", KINDS)
 def test_what_is_not_given_is_of_the_recipe(kind):
     given = [word for word in KINDS[kind] if word not in ("--weights", "none")]
-    recipe = train.RECIPES["scratch" if kind == "cnn" else kind]
-    options = vars(train.parse_arguments(given))
-    assert recipe.items() <= options.items()
-    assert options["weights"] == (None if kind == "cnn" else "imagenet")
+    recipe, _ = train.parse_arguments(given)
+    assert train.DEFAULTS["scratch" if kind == "cnn" else kind].items() <= vars(recipe).items()
+    assert recipe.weights == (None if kind == "cnn" else "imagenet")
     for key in ("epochs", "size", "batch_size", "lr"):
         flag = "--" + key.replace("_", "-")
-        assert vars(train.parse_arguments([*given, flag, "7"]))[key] == 7
+        assert getattr(train.parse_arguments([*given, flag, "7"])[0], key) == 7
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -502,7 +537,7 @@ def test_dry_run_writes_everything_under_a_name_of_its_own(call, demo, tmp_path,
     assert [p.name for p in (tmp_path / "runs").iterdir()] == [f"{arch}-dry-run"]
     folder = tmp_path / "runs" / f"{arch}-dry-run"
     assert {p.name for p in folder.iterdir()} == {"best.pt", "last.pt", "log.csv", "curves.png", "config.json",
-                                                  "result.json"}  # fmt: skip
+                                                  "result.json", "run.lock"}
     assert len(log(folder)) == 1
     assert json.loads((folder / "config.json").read_text())["photos"] == [32, 20]  # two batches
     models.load(folder / "best.pt")
@@ -520,19 +555,20 @@ def test_holdout_is_taken_from_train_and_val_stays_unseen(demo, monkeypatch):
     monkeypatch.setattr(data, "load", load_train_alone)
     halves = []
     for seed in (0, 1):
-        options = train.parse_arguments(arguments(demo, "runs", "--holdout", 0.25, "--seed", seed))
-        halves.append([sorted(photos.names) for photos in train.prepare_photos(options, CPU)])
+        recipe, _ = train.parse_arguments(arguments(demo, "runs", "--holdout", 0.25, "--seed", seed))
+        halves.append([sorted(p.names) for p in train.prepare_photos(recipe, demo, False, None, CPU)])
     (rest, held), again = halves
     assert len(held) == 15 and not set(rest) & set(held)
     assert sorted(rest + held) == sorted(load(demo, "train").names)
     assert halves[0] == again  # settings are compared on the same photos whatever the seed
-    for photos in train.prepare_photos(options, CPU):
+    for photos in train.prepare_photos(recipe, demo, False, None, CPU):
         wnids = list(data.CLASSES)
         assert [wnids.index(name.split("/")[0]) for name in photos.names] == photos.labels.tolist()
 
 
 def test_without_holdout_it_validates_on_val(demo):
-    photos, val = train.prepare_photos(train.parse_arguments(arguments(demo, "runs")), CPU)
+    recipe, _ = train.parse_arguments(arguments(demo, "runs"))
+    photos, val = train.prepare_photos(recipe, demo, False, None, CPU)
     assert photos.names == data.load(demo, "train").names and val.names == data.load(demo, "val").names
 
 
@@ -628,16 +664,17 @@ def test_a_log_that_misses_the_last_epoch_is_completed(trained, demo, tmp_path):
 
 
 OTHER = [(["--lr", 0.017], "lr"), (["--seed", 5], "seed"), (["--epochs", 13], "epochs"),
-         (["--plain-crop"], "plain_crop"), (["--size", 24], "size"), (["--batch-size", 15], "batch_size"),
+         (["--plain-crop"], "plain_crop"), (["--size", 24], "size"), (["--looks", "16,24"], "looks"),
+         (["--batch-size", 15], "batch_size"),
          (["--holdout", 0.5], "holdout")]  # fmt: skip
 
 
 @pytest.mark.parametrize(("more", "name"), OTHER)
 def test_a_run_of_other_settings_is_refused_by_their_names(trained, demo, tmp_path, call, more, name):
     shutil.copytree(trained, tmp_path / "cnn")
-    before = {p.name: p.read_bytes() for p in (tmp_path / "cnn").iterdir()}
+    before = contents(tmp_path / "cnn")
     assert refused(call(*arguments(demo, tmp_path, *more)), "other settings", f"{name} ", "--name")
-    assert before == {p.name: p.read_bytes() for p in (tmp_path / "cnn").iterdir()}
+    assert before == contents(tmp_path / "cnn")
 
 
 @pytest.mark.parametrize("what", ["garbage", "nothing", "a best.pt", "a list"])
@@ -651,6 +688,86 @@ def test_a_last_pt_that_is_none_is_refused(trained, demo, tmp_path, call, what):
     else:
         last.write_bytes(b"garbage" * (what == "garbage"))
     assert refused(call(*arguments(demo, tmp_path)), "last.pt")
+
+
+def test_a_run_knows_its_photos(trained, demo, tmp_path, call):
+    """The same names and numbers, other pixels: neither done already, nor to be gone on with."""
+    shutil.copytree(trained, tmp_path / "cnn")
+    other = shutil.copytree(demo, tmp_path / "other", ignore=shutil.ignore_patterns("*.pixels", "*.lock"))
+    path = next((other / "train").rglob("*.JPEG"))
+    Image.open(path).rotate(180).save(path)
+    assert refused(call(*arguments(other, tmp_path)), "other settings", "data ")
+
+
+def test_photos_that_were_copied_are_the_same_photos(trained, demo, tmp_path):
+    shutil.copytree(trained, tmp_path / "cnn")
+    other = tmp_path / "other"  # with times of its own
+    shutil.copytree(demo, other, ignore=shutil.ignore_patterns("*.pixels", "*.lock"), copy_function=shutil.copyfile)
+    training(other, tmp_path)
+    assert same_run(tmp_path / "cnn", trained)
+
+
+def test_a_run_without_its_best_weights_is_not_called_done(trained, demo, tmp_path, call):
+    shutil.copytree(trained, tmp_path / "cnn")
+    (tmp_path / "cnn" / "best.pt").unlink()
+    assert refused(call(*arguments(demo, tmp_path)), tmp_path / "cnn" / "best.pt", "remove")
+
+
+def test_a_second_run_in_a_folder_is_refused_while_the_first_lasts(demo, tmp_path, call):
+    (tmp_path / "cnn").mkdir()
+    with data.lock(tmp_path / "cnn" / "run"):
+        assert refused(call(*arguments(demo, tmp_path)), tmp_path / "cnn", "another process")
+    assert list(contents(tmp_path / "cnn")) == []
+
+
+def test_a_run_goes_on_where_another_precision_began_it(trained, demo, tmp_path, monkeypatch):
+    """On a device that scales gradients, from a checkpoint of one that does not."""
+    with monkeypatch.context() as patch:
+        stop_after(1, patch)
+        with pytest.raises(KeyboardInterrupt):
+            training(demo, tmp_path)
+    scaling = train.Precision(torch.float16, True, torch.channels_last)
+    monkeypatch.setattr(train, "choose_precision", lambda device: scaling)
+    scalers, epoch = [], train.train_epoch
+    monkeypatch.setattr(train, "train_epoch", lambda *things: scalers.append(things[4]) or epoch(*things))
+    monkeypatch.setattr(train.F, "cross_entropy", lambda logits, *a, **k: cross_entropy(logits.float(), *a, **k))
+    training(demo, tmp_path)
+    assert scalers and all(scaler.is_enabled() for scaler in scalers) and len(log(tmp_path / "cnn")) == EPOCHS
+
+
+# ---------------------------------------------------------------- several looks
+
+
+@pytest.mark.parametrize(("arch", "size", "looks"), [
+    ("cnn", 96, (64, 96, 128)), ("cnn", 128, (88, 128, 168)), ("cnn", 2, (2, 8)),
+    ("resnet18", 224, (224, 320)), ("resnet18", 160, (160, 224)), ("mobilenet_v2", 128, (128, 192)),
+])
+def test_the_looks_follow_from_the_size(arch, size, looks):
+    assert train.default_looks(arch, size) == looks
+    assert train.parse_arguments([arch, "--size", str(size)])[0].looks == looks
+    assert train.parse_arguments([arch, "--size", str(size), "--looks", "40,20,40"])[0].looks == (20, 40)
+
+
+def test_a_network_that_was_trained_with_one_look_gets_the_accuracy_of_all(demo, tmp_path):
+    training(demo, tmp_path, "--looks", "16,24,32", epochs=1)
+    result = json.loads((tmp_path / "cnn" / "result.json").read_text())
+    assert result["accuracies"].keys() == {"16", "16 24 32"} and result["accuracies"]["16"] == result["best_accuracy"]
+    network, facts = models.load(tmp_path / "cnn" / "best.pt")
+    assert (facts["looks"], facts["size"]) == ([16, 24, 32], 32)
+    batches = list(data.eval_batches(data.load(demo, "val"), 32, 64))
+    assert accuracy_of(network, batches, FLOAT32) == facts["accuracy"] == result["accuracies"]["16 24 32"]
+
+
+def test_a_head_learns_from_the_mean_of_its_looks(demo, tmp_path):
+    more = ["--weights", "none", "--looks", "32,64"]
+    recipe, _ = train.parse_arguments(arguments(demo, tmp_path, *more, arch="resnet18"))
+    photos = data.load(demo, "val")
+    network = train.prepare_network(recipe, len(photos), 10)
+    assert not any(p.requires_grad for p in network.features.parameters())
+    stored, _ = train.stored_features(network, photos, 64, FLOAT32, mirrored=False)
+    assert torch.allclose(stored[0], features_of(network, photos, 64, False), rtol=1e-4, atol=1e-4)
+    small = features_of(models.with_looks(network, [32]), photos, 32, False)
+    assert not torch.allclose(stored[0], small, atol=1e-3)
 
 
 # ---------------------------------------------------------------- numbers that are not finite, disks that are full
@@ -713,7 +830,7 @@ def test_no_file_is_ever_half_there(trained, demo, tmp_path, call, monkeypatch, 
         with pytest.raises(KeyboardInterrupt):
             training(demo, tmp_path, "--lr", 1e-9)
     folder = tmp_path / "cnn"
-    before = {p.name: p.read_bytes() for p in folder.iterdir()}
+    before = contents(folder)
 
     def full(path, mode):
         file = open(path, mode)
@@ -724,12 +841,12 @@ def test_no_file_is_ever_half_there(trained, demo, tmp_path, call, monkeypatch, 
         return file
 
     monkeypatch.setattr(models, "open", full, raising=False)
-    better = torch.tensor([40.0, 18.0, 20.0])  # than before: best.pt is to be written too
+    better = torch.tensor([[4.0] * 10, [1.8] * 10, [2.0] * 10])  # than before: best.pt is to be written too
     monkeypatch.setattr(train, "evaluate", lambda *things: better)
     result = call(*arguments(demo, tmp_path, "--lr", 1e-9))
     assert refused(result, "No space left on device", folder / name)
     assert (folder / name).read_bytes() == before[name]
-    assert {p.name for p in folder.iterdir()} == set(before)
+    assert contents(folder).keys() == before.keys()
 
 
 @pytest.mark.parametrize("error", [
@@ -764,6 +881,9 @@ def test_unknown_network_is_refused_by_the_command(run, demo, tmp_path):
     (["--lr", -1], ["lr"]),
     (["--lr", "nan"], ["lr"]),
     (["--holdout", 0.999], ["--holdout"]),
+    (["--crop", 1], ["--crop"]),
+    (["--size", 1], ["--size"]),
+    (["--looks", "1,64"], ["--looks"]),
     (["--seed", 10**20], ["seed"]),
 ])  # fmt: skip
 def test_bad_input_is_refused(call, demo, tmp_path, more, words):
@@ -786,16 +906,41 @@ def test_weights_that_are_none_are_refused(call, demo, tmp_path, weights, words)
 
 
 @pytest.mark.parametrize("more", [["--epochs", 0], ["--epochs", "many"], ["--batch-size", -1], ["--size", 0],
-                                  ["--holdout", 1], ["--holdout", -0.1], ["--learning-rate", 1]])  # fmt: skip
+                                  ["--holdout", 1], ["--holdout", -0.1], ["--learning-rate", 1], ["--lr", 1e38],
+                                  ["--looks", "0,8"], ["--looks", "a"], ["--looks", ""], ["--unfreeze"]])
 def test_options_fail_loudly_and_early(call, demo, tmp_path, more):
     result = call(*arguments(demo, "runs", *more))
     assert result.returncode == 2 and more[0] in result.stderr and not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize("more", [["--crop", 16], ["--plain-crop"]])
+def test_crops_of_a_network_that_is_frozen_are_refused(call, demo, tmp_path, more):
+    result = call(*arguments(demo, "runs", *more, "--weights", "none", arch="resnet18"))
+    assert result.returncode == 2 and "--unfreeze" in result.stderr and not (tmp_path / "runs").exists()
+
+
+def test_a_batch_that_batch_normalisation_cannot_take_is_refused_before_anything(call, demo, tmp_path):
+    """61 photos in twos leave one; at 16 px the maps of a ResNet have one cell."""
+    photos = shutil.copytree(demo, tmp_path / "odd", ignore=shutil.ignore_patterns("*.pixels", "*.lock"))
+    path = next((photos / "train").rglob("*.JPEG"))
+    Image.open(path).rotate(180).save(path.with_name("one_more.png"))
+    result = call(*arguments(photos, "runs", "--weights", "none", "--unfreeze", "--batch-size", 2, arch="resnet18"))
+    assert refused(result, "--batch-size", "--crop") and not (tmp_path / "runs").exists()
+
+
+def test_processes_of_torchrun_are_on_devices_that_can_add_up(monkeypatch):
+    monkeypatch.setattr(train, "WORLD", 2)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    assert train.choose_device("auto") == CPU
+    with pytest.raises(train.TrainError, match="--device cuda"):
+        train.choose_device("cuda:0")
 
 
 def test_help_shows_every_default(call):
     text = " ".join(call("--help").stdout.split())
     assert call("--help").returncode == 0
     assert "(default: data/imagenette2-160)" in text and "(default: 0)" in text
-    for recipe in train.RECIPES.values():  # of epochs, crop, size, ... there is one for each recipe
+    for recipe in train.DEFAULTS.values():  # of epochs, crop, size, ... there is one for each recipe
         assert str(recipe["epochs"]) in text and str(recipe["size"]) in text and str(recipe["lr"]) in text
     assert "(default: None)" not in text
