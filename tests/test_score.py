@@ -736,6 +736,7 @@ def command(monkeypatch, capsys):
     for constant, few in (("RANDOM_PHOTOS", 4), ("DROP_PHOTOS", 8), ("TRAIN_BOXES", 20)):
         monkeypatch.setattr(score, constant, few)
     monkeypatch.setattr(score.best_iou_per_threshold, "__defaults__", (score.THRESHOLDS[::10], 56))
+    monkeypatch.setattr(score.deletion_and_insertion, "__defaults__", (3, 0))  # steps, seed
     return call
 
 
