@@ -6,20 +6,24 @@ In code:
 
     boxes = read_boxes("localization.txt", "image_sizes.txt")                 # {name: (n, 4)}
     table = best_iou_per_threshold(maps, [boxes[name] for name in names])     # (N, T)
-    value, low, high = bootstrap(table, max_box_acc)                          # with its 95 % interval
+    value, low, high, *_ = cross_fitted_interval(table, ious=IOUS)            # MaxBoxAccV2, 95 % interval
 
 Maps are (N, h, w) float32, one class per photo, signed, in logits, and cover the whole photo. Boxes are a list of N
 tensors (n, 4), x0, y0, x1, y1 as fractions of the photo's width and height, which fit every copy of the photo,
-squashed ones included. "Per photo" means (N,), to be averaged, or handed to `bootstrap`; all scores are shares, 0 to 1.
+squashed ones included. "Per photo" means (N,), to be handed to `mean_interval`; all scores are shares, 0 to 1.
 The functions know no network: copy this file alone and they work. The command wants the other files beside it.
 """
 
 import argparse
 import csv
 import io
+import math
+import os
+import re
 import sys
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -27,56 +31,111 @@ from torch.nn.utils.rnn import pad_sequence
 
 SIZE = 224  # maps meet boxes on a grid of SIZE x SIZE cells, as in Choe et al. 2020
 THRESHOLDS = torch.arange(100) / 100  # of maps that run from 0 to 1
+IOUS = (0.3, 0.5, 0.7)  # of MaxBoxAccV2
+Z = 1.959964  # 95 % of a normal distribution lie within Z standard deviations
+SEEDS, T = 5, 2.776445  # networks with random weights; the same for Student's t of SEEDS - 1 degrees of freedom
 
 
 class ScoreError(Exception):
     """Something the user can mend; the message is one sentence that says what and how."""
 
 
-# ---------------------------------------------------------------- intervals and tables
+# ---------------------------------------------------------------- means and their intervals
+
+
+class Estimate(NamedTuple):
+    """A mean over photos and its 95 % interval, all of them shares (differences: -1 to 1)."""
+
+    value: float
+    low: float | None  # None: there is no interval that holds
+    high: float | None
+    n: int  # photos
+    per_photo: torch.Tensor | None = None  # (N,), what `difference` pairs
 
 
 def accuracy_interval(correct, n):
     """The share `correct` of n with its 95 % interval, (value, low, high); Wilson 1927, honest near 0 and 1 too."""
     if not 0 <= correct <= n or n == 0:
         raise ScoreError(f"{correct} correct of {n} is no share: score at least one photo")
-    z, share = 1.959964, correct / n
-    centre, half = share + z * z / (2 * n), z * (share * (1 - share) / n + (z / (2 * n)) ** 2) ** 0.5
-    return share, max(0.0, (centre - half) / (1 + z * z / n)), min(1.0, (centre + half) / (1 + z * z / n))
+    share = correct / n
+    centre, half = share + Z * Z / (2 * n), Z * (share * (1 - share) / n + (Z / (2 * n)) ** 2) ** 0.5
+    return share, max(0.0, (centre - half) / (1 + Z * Z / n)), min(1.0, (centre + half) / (1 + Z * Z / n))
 
 
-def bootstrap(values, statistic=None, resamples=1000, seed=0):
-    """A statistic over photos with its 95 % interval, (value, low, high), by drawing the photos anew (Efron 1979).
-    values: (N, ...), differences of two networks on the same photos too; statistic: (R, N, ...) -> (R,), None: mean."""
-    if len(values) == 0:
+def share_interval(share, variance, n):
+    """Wilson's interval for a share that is known with `variance`: that of as many photos as have this variance when
+    each is right or wrong, share (1 - share) / variance (the effective sample size of Kish 1965); of n at 0 and 1."""
+    if 0 < share < 1 and variance < 1e-15:  # a constant
+        return share, share, share
+    effective = share * (1 - share) / variance if 0 < share < 1 else n
+    return accuracy_interval(share * effective, effective)
+
+
+def mean_interval(values, variance=0.0):
+    """The `Estimate` of the mean of values from 0 to 1: (N,), or (SEEDS, N) of networks of as many seeds.
+
+    Values of 0 and 1 get Wilson's interval, others one as narrow as their spread says, but for a mean that is known to
+    have a larger `variance`. With several seeds it holds for the mean over all seeds: the spread between seeds is added
+    to that between photos, by the ratio of Student's t to the normal distribution wider, as seeds are few.
+    """
+    if values.numel() == 0:
         raise ScoreError("there is no photo to score: score at least one")
-    statistic = statistic or (lambda v: v.float().mean(1))
-    draws = torch.randint(len(values), (resamples, len(values)), generator=torch.Generator().manual_seed(seed))
-    chunk = max(1, 2**22 // values.numel())  # resamples at once, to bound the memory
-    drawn = torch.cat([statistic(values[index]) for index in draws.to(values.device).split(chunk)])
-    low, high = drawn.double().cpu().quantile(torch.tensor([0.025, 0.975], dtype=torch.double)).tolist()
-    return float(statistic(values[None])), low, high
+    values = values.double().clamp(0, 1).reshape(-1, values.shape[-1])
+    seeds, n = values.shape
+    per_photo = values.mean(0)
+    variance = max(variance, float(per_photo.var(correction=0)) / n)
+    if seeds > 1:
+        variance += float(values.mean(1).var()) / seeds * (T / Z) ** 2
+    return Estimate(*share_interval(float(per_photo.mean()), variance, n), n, per_photo)
+
+
+def class_mean_interval(correct, labels):
+    """The `Estimate` of the mean of the classes' accuracies: correct (N,), 1 or 0; labels (N,) int64.
+    A class's variance is that of (right + 1) / (n + 2), Laplace's rule: one of three photos is not certain of 100 %."""
+    n = torch.bincount(labels).double()
+    right, n = torch.bincount(labels, correct.double())[n > 0], n[n > 0]
+    smooth = (right + 1) / (n + 2)
+    variance = float((smooth * (1 - smooth) / n).sum()) / len(n) ** 2
+    interval = share_interval(float((right / n).mean()), variance, len(n) ** 2 / float((1 / n).sum()))
+    return Estimate(*interval, len(labels))
+
+
+def difference(a, b):
+    """The `Estimate` of a - b, two of the same photos: their intervals' arms combined as the sides of a triangle, by
+    the correlation of the photos' values (Newcombe 1998, method 8), so that it holds near 0 and 1 too."""
+    both = torch.stack([a.per_photo, b.per_photo])
+    correlation = float(torch.corrcoef(both)[0, 1].nan_to_num())  # NaN: one is constant
+
+    def combined(x, y):
+        return math.sqrt(max(0.0, x * x + y * y - 2 * correlation * x * y))
+
+    value = a.value - b.value
+    return Estimate(value, value - combined(a.value - a.low, b.high - b.value),
+                    value + combined(a.high - a.value, b.value - b.low), a.n)
 
 
 def write_table(rows, form="text"):
-    """A string, from rows [(score, {column: (value, low, high)})] of shares; a column that a row lacks stays empty.
-    form: "text" or "markdown", to read, in per cent; "csv", to compute with, a line per value."""
-    if form == "csv":
-        file = io.StringIO()
-        lines = [(score, column, *map(float, cell)) for score, cells in rows for column, cell in cells.items()]
-        csv.writer(file, lineterminator="\n").writerows([("score", "column", "value", "low", "high"), *lines])
-        return file.getvalue()
-    columns = list(dict.fromkeys(column for _, cells in rows for column in cells))
-    grid = [["%, [95 % interval]", *columns]]
-    for score, cells in rows:
-        shown = ["{:.1f} [{:.1f}, {:.1f}]".format(*(100 * v for v in cells[c])) if c in cells else "" for c in columns]
-        grid.append([score, *shown])
-    widths = [max(map(len, column)) for column in zip(*grid, strict=True)]
-    lines = [[f"{cell:{'>' if i else '<'}{widths[i]}}" for i, cell in enumerate(line)] for line in grid]
+    """rows, lists of as many strings, the first the header, as one string, the first column to the left, the others to
+    the right. form: "text", to read in a terminal, "markdown", or "latex" (with the package booktabs)."""
+    if form == "latex":
+        header, *body = (" & ".join(map(escape_latex, row)) + r" \\" for row in rows)
+        columns = "l" + "r" * (len(rows[0]) - 1)
+        return "\n".join([rf"\begin{{tabular}}{{{columns}}}", r"\toprule", header, r"\midrule", *body, r"\bottomrule",
+                          r"\end{tabular}", ""])
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = [[f"{cell:{'>' if i else '<'}{widths[i]}}" for i, cell in enumerate(row)] for row in rows]
     left, between, right = {"text": ("", "  ", "\n"), "markdown": ("| ", " | ", " |\n")}[form]
     if form == "markdown":
         lines.insert(1, ["-" * (w - 1) + (":" if i else "-") for i, w in enumerate(widths)])
     return "".join(left + between.join(line) + right for line in lines)
+
+
+def escape_latex(text):
+    """Any text as LaTeX shows it; arrows, leading spaces and the minus of numbers as mathematics."""
+    special = {c: "\\" + c for c in "&%$#_{}"} | {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}",
+               "^": r"\textasciicircum{}", "\u2191": r"$\uparrow$", "\u2193": r"$\downarrow$"}
+    escaped = "".join(special.get(character, character) for character in text.lstrip())
+    return r"\quad " * (text != text.lstrip()) + re.sub(r"(?<![^\s\[])-(?=\d)", "$-$", escaped)
 
 
 # ---------------------------------------------------------------- maps
@@ -228,8 +287,9 @@ def component_boxes(masks):
     and as runs are in order, these follow one another.
     """
     height, stride = masks.shape[1] + 1, masks.shape[2] + 1
-    flat = F.pad(masks, (1, 0, 0, 1)).flatten()
-    start, end = ((flat[1:] != flat[:-1]).nonzero() + 1).view(-1, 2).T.contiguous()
+    flat = F.pad(masks, (1, 0, 0, 1)).flatten().cpu().numpy()  # NumPy finds the few changes ten times as fast
+    changes = torch.from_numpy((flat[1:] != flat[:-1]).nonzero()[0] + 1).to(masks.device)
+    start, end = changes.view(-1, 2).T.contiguous()
     first = torch.searchsorted(end, start + stride)
     count = torch.searchsorted(start, end + stride, right=True) - first
     runs = torch.arange(len(start), device=start.device)
@@ -271,6 +331,35 @@ def best_threshold(table, iou=0.5):
     return int((table >= iou).float().mean(0).argmax())
 
 
+def cross_fitted(tables, iou=0.5):
+    """Per photo of tables (..., N, T): does its IoU reach `iou` (1, 0) at the threshold that is best for the other half
+    of the photos? Every other photo makes a half: all serve to be scored, and none for its own threshold."""
+    right = (tables >= iou).float()
+    values = torch.zeros_like(right[..., 0])  # (..., N)
+    for half in (0, 1):
+        best = right[..., 1 - half :: 2, :].mean(-2, keepdim=True).argmax(-1, keepdim=True)  # (..., 1, 1)
+        values[..., half::2] = torch.take_along_dim(right[..., half::2, :], best, -1)[..., 0]
+    return values
+
+
+def cross_fitted_interval(tables, ious, scored=None, resamples=50):
+    """The `Estimate` of `cross_fitted`, mean over `ious`, for the photos `scored` (N,) bool or all; tables (N, T), or
+    (SEEDS, N, T). Its variance is that of `resamples` in which each half's photos are drawn anew from that half, and
+    thresholds fitted anew (Efron 1979): with thresholds as they are, the interval holds 86 to 92 % instead of 95."""
+    tables, n = tables.reshape(-1, *tables.shape[-2:]), tables.shape[-2]
+    scored = torch.ones(n, dtype=torch.bool) if scored is None else scored
+    draws, generator = torch.empty(resamples, n, dtype=torch.long), torch.Generator().manual_seed(0)
+    for half in (0, 1):
+        count = len(range(half, n, 2))
+        draws[:, half::2] = half + 2 * torch.randint(max(1, count), (resamples, count), generator=generator)
+    means = []
+    for some in draws.split(max(1, 2**22 // tables.numel())):  # bounds the memory
+        values = sum(cross_fitted(tables[:, some], iou) for iou in ious).mean(0) / len(ious)  # (R, N)
+        means.append((values * scored[some]).sum(1) / scored[some].sum(1).clamp(min=1))
+    values = sum(cross_fitted(tables, iou) for iou in ious) / len(ious)
+    return mean_interval(values[:, scored], float(torch.cat(means).double().var()))
+
+
 def max_box_acc(table, iou=0.5, threshold_index=None):
     """The share of photos whose IoU reaches `iou` at one threshold for all: (..., N, T) -> (...).
     None: the threshold that is best for these very photos, as the literature reports, which flatters."""
@@ -278,7 +367,7 @@ def max_box_acc(table, iou=0.5, threshold_index=None):
     return share.amax(-1) if threshold_index is None else share[..., threshold_index]
 
 
-def max_box_acc_v2(table, threshold_indices=None, ious=(0.3, 0.5, 0.7)):
+def max_box_acc_v2(table, threshold_indices=None, ious=IOUS):
     """The mean of `max_box_acc` over `ious`, each with a threshold of its own (Choe et al., wsolevaluation)."""
     indices = threshold_indices or [None] * len(ious)
     return sum(max_box_acc(table, iou, index) for iou, index in zip(ious, indices, strict=True)) / len(ious)
@@ -303,179 +392,342 @@ def focus(maps, boxes, size=SIZE):
     return area, in_boxes / positive.sum((1, 2)).clamp(min=torch.finfo(maps.dtype).tiny)
 
 
-# ---------------------------------------------------------------- the table of trained networks
+# ---------------------------------------------------------------- the scores of a trained network
 
-COLUMNS = ("its own map", "random weights", "ones", "centred square")  # the last three are controls
+OWN, RANDOM, ONES, SQUARE = MAPS = "its own map", "random weights", "ones", "centred square"  # the last three: controls
+TO_SQUARE = f"{OWN} minus {SQUARE}"
 BATCH = 20  # photos at once: small enough for a processor's cache
+DROP_PHOTOS = 1000  # for average drop and increase in confidence, which take another pass for each map
+RANDOM_PHOTOS = 50  # for the networks with random weights: the spread between them is larger than that of photos
+TRAIN_BOXES = 400  # photos of train whose boxes are used
 
 
-def untrained(facts):
+def random_network(facts, seed):
     """The network of `facts` with random weights, those of its last layer too: what a map owes to the architecture."""
     import models
 
-    torch.manual_seed(0)
-    other = models.build(facts["arch"], len(facts["classes"])).eval()
-    torch.nn.init.normal_(other.head.weight, std=0.01)
-    return other
+    torch.manual_seed(seed)
+    network = models.build(facts["arch"], len(facts["classes"])).eval()
+    torch.nn.init.normal_(network.head.weight, std=0.01)
+    return models.with_looks(models.fold_norms(network), facts["looks"])
 
 
-def four_maps(explained, other, images, labels=None):
-    """The maps of `COLUMNS` for the classes `labels`, or the likeliest (None): {column: (N, h, w)}, logits (N, K)."""
+@torch.no_grad()
+def in_batches(function, photos, size, *per_photo, label=None):
+    """function(images, ...) -> tensors (B, ...), for all photos at size x size px, each joined to (N, ...). The tensors
+    `per_photo` (N, ...) are cut into the same batches. label: of the progress that is shown."""
+    import data
+
+    parts, done, started = [], 0, time.time()
+    for images, _ in data.eval_batches(photos, size, BATCH):
+        parts.append(function(images, *(tensor[done : done + len(images)] for tensor in per_photo)))
+        done += len(images)
+        if label:
+            data.progress(f"{label}:", done, len(photos), started, "photos")
+    return [torch.cat(tensors) for tensors in zip(*parts, strict=True)]
+
+
+def predict_with_maps(network, photos, size, classes, label=None):
+    """The logits (N, K) of photos, and the maps (N, h, w) of `classes` (N,) and of the likeliest class, in one pass."""
     import cam
 
-    maps, logits = explained(images)
-    cam.check_identity(maps, logits, explained.network.head.bias)
-    n, labels = torch.arange(len(images)), logits.argmax(1) if labels is None else labels
-    maps = (maps[n, labels], other(images)[0][n, labels], ones(len(n), 8), centred_square(len(n), 64))
-    return dict(zip(COLUMNS, maps, strict=True)), logits
+    maps_and_logits = cam.MapsAndLogits(network)
+
+    def of_batch(images, classes):
+        maps, logits = maps_and_logits(images)
+        cam.check_identity(maps, logits, network.head.bias)
+        each = torch.arange(len(images))
+        return logits, maps[each, classes], maps[each, logits.argmax(1)]
+
+    return in_batches(of_batch, photos, size, classes, label=label)
 
 
-@torch.no_grad()
-def faithfulness(explained, other, facts, photos, deleted):
-    """Accuracy, average drop and increase on all photos, deletion and insertion on the first `deleted`, which are
-    drawn at random: {score: {column: per photo}}."""
-    import data
+def faithfulness(network, photos, size, predicted, confidence, maps, deleted):
+    """{score: Estimate} of one kind of map. photos: N; predicted (N,): their likeliest classes, and confidence (N,),
+    the probability of these; maps: (S, N, h, w) of S seeds; deleted: the first photos, for deletion and insertion."""
 
-    def predict(x):
-        return explained.network(x).softmax(1)
+    def probabilities(images):
+        return network(images).softmax(1)
 
-    correct, after, before, areas, started = [], [], [], [], time.time()
-    order = torch.randperm(len(photos), generator=torch.Generator().manual_seed(0))
-    photos = photos.subset(order)
-    for number, (images, labels) in enumerate(data.eval_batches(photos, facts["size"], BATCH)):
-        maps, logits = four_maps(explained, other, images)
-        before_, top = logits.softmax(1).max(1)
-        correct.append(top == labels)
-        before.append(before_)
-        after.append(torch.stack([predict(masked(images, m)).gather(1, top[:, None])[:, 0] if column != "ones"
-                                  else before_ for column, m in maps.items()]))  # ones change nothing: no pass
-        if BATCH * number < deleted:
-            areas.append(torch.stack([torch.stack(deletion_and_insertion(predict, images, m, top))
-                                      for m in maps.values()]))  # (4, 2, B)
-        done = min(BATCH * (number + 1), len(photos))
-        data.progress(f"{facts['arch']}:", done, len(photos), started, "photos")
-    correct, before, after = torch.cat(correct).float(), torch.cat(before), torch.cat(after, 1)  # (N,), (N,), (4, N)
-    unseen = torch.tensor(["ILSVRC2012_val" in name for name in photos.names])
-    scores = {"accuracy": {COLUMNS[0]: correct}}
+    def when_masked(images, maps, classes):
+        return (probabilities(masked(images, maps)).gather(1, classes[:, None])[:, 0],)
+
+    def when_deleted(images, maps, classes):
+        return deletion_and_insertion(probabilities, images, maps, classes)
+
+    few, values = photos.subset(torch.arange(min(deleted, len(photos)))), []
+    for of_seed in maps:
+        found = average_drop_and_increase(confidence, *in_batches(when_masked, photos, size, of_seed, predicted))
+        values.append([*found, *(in_batches(when_deleted, few, size, of_seed, predicted) if len(few) else ())])
+    scores = ("average drop", "increase in confidence", "deletion", "insertion")
+    return {score: mean_interval(torch.stack(of_seeds)) for score, *of_seeds in zip(scores, *values, strict=False)}
+
+
+def localisation(maps, boxes, in_val):
+    """{score: Estimate} of one kind of map. maps: (S, N, h, w) of S seeds, of the true class; boxes: N; in_val: (N,)
+    bool, the photos that the scores are of; the others help with thresholds, and with the score of "all".
+
+    A box score's threshold is the one that is best for the other half of all N photos (`cross_fitted`). That of the
+    literature, best for the very photos that are scored, is there to be compared; no interval of it holds.
+    """
+    tables = torch.stack([best_iou_per_threshold(of_seed, boxes) for of_seed in maps])  # (S, N, T)
+    area, share = (torch.stack(seeds) for seeds in zip(*(focus(of_seed, boxes) for of_seed in maps), strict=True))
+    pointing = torch.stack([pointing_game(of_seed, boxes) for of_seed in maps])
+    scores = {"pointing game": mean_interval(pointing[:, in_val]),
+              "MaxBoxAccV2, cross-fitted": cross_fitted_interval(tables, IOUS, in_val),
+              "MaxBoxAcc, cross-fitted": cross_fitted_interval(tables, [0.5], in_val),
+              "share in the box": mean_interval(share[:, in_val]), "area above half": mean_interval(area[:, in_val])}
+    if not in_val.all():
+        scores["MaxBoxAccV2, cross-fitted, all"] = cross_fitted_interval(tables, IOUS)
+    for score, best in (("MaxBoxAccV2, best thresholds", max_box_acc_v2), ("MaxBoxAcc, best threshold", max_box_acc)):
+        scores[score] = Estimate(float(best(tables[:, in_val]).mean()), None, None, int(in_val.sum()))
+    return scores
+
+
+def accuracies(correct, labels, names):
+    """{score: Estimate} of correct (N,), 1 or 0. Of ImageNette's photos those of ImageNet's own val are the only ones
+    that a network pretrained on ImageNet has not seen."""
+    scores = {"accuracy": mean_interval(correct)}
+    if len(labels.bincount().unique()) > 1:
+        scores["accuracy, mean of the classes"] = class_mean_interval(correct, labels)
+    unseen = torch.tensor(["ILSVRC2012_val" in name for name in names])
     if unseen.any():
-        scores["accuracy, photos not in ImageNet's training"] = {COLUMNS[0]: correct[unseen]}
-    drops = [average_drop_and_increase(before, a) for a in after]
-    for i, score in enumerate(("average drop", "increase in confidence")):
-        scores[score] = {column: drop[i] for column, drop in zip(COLUMNS, drops, strict=True)}
-    if areas:
-        areas = torch.cat(areas, 2)[:, :, :deleted]
-        for i, score in enumerate(("deletion", "insertion")):
-            scores[score] = dict(zip(COLUMNS, areas[:, i], strict=True))
+        scores["accuracy, photos not in ImageNet's training"] = mean_interval(correct[unseen])
     return scores
 
 
-@torch.no_grad()
-def localisation(explained, other, facts, photos, boxes):
-    """Maps of the true class against boxes. photos: {split: Photos}, all with boxes. The threshold of a box score is
-    chosen on train and applied to val; in rows of `best threshold`, chosen on val itself: {score: {column: ...}}."""
+def score_network(network, facts, val, val_boxed, train_boxed, boxes, deleted, label):
+    """All scores of a network, {map: {score: Estimate}}, and its confusion matrix. val: Photos, of which val_boxed (n,)
+    have boxes; train_boxed: Photos that have; boxes: first val's, then train's.
+
+    Passes: each photo of val, for accuracy and maps; `DROP_PHOTOS` of them masked by the own map and by the square;
+    train_boxed; SEEDS x RANDOM_PHOTOS x 3 for random weights; 42 for each map of `deleted` photos.
+    """
+    size, classes = facts["size"], facts["classes"]
+    val, train = val.relabelled(classes), train_boxed.relabelled(classes)
+    logits, true_maps, likely_maps = predict_with_maps(network, val, size, val.labels, label)
+    confidence, predicted = logits.softmax(1).max(1)
+    drawn = torch.randperm(len(val), generator=torch.Generator().manual_seed(0))[:DROP_PHOTOS]
+    few, few_boxed = drawn[:RANDOM_PHOTOS], val_boxed[:RANDOM_PHOTOS]
+    chosen, few_classes = val.subset(torch.cat([few, few_boxed])), torch.cat([predicted[few], val.labels[few_boxed]])
+    random_maps = torch.stack([predict_with_maps(random_network(facts, seed), chosen, size, few_classes)[1]
+                               for seed in range(SEEDS)])  # (SEEDS, 100, h, w)
+    scores = {kind: {} for kind in MAPS}
+    scores[OWN] |= accuracies((predicted == val.labels).float(), val.labels, val.names)
+    for kind, maps, deletions in ((OWN, likely_maps[drawn][None], deleted),
+                                  (RANDOM, random_maps[:, : len(few)], deleted // SEEDS),
+                                  (ONES, ones(min(deleted, len(drawn)), 8)[None], deleted),
+                                  (SQUARE, centred_square(len(drawn), 64)[None], deleted)):
+        if photos := maps.shape[1]:
+            index = drawn[:photos]
+            scores[kind] |= faithfulness(network, val.subset(index), size, predicted[index], confidence[index], maps,
+                                         deletions)
+    if len(val_boxed):
+        own = true_maps[val_boxed]
+        if len(train):
+            own = torch.cat([own, predict_with_maps(network, train, size, train.labels)[1]])
+        in_val = torch.arange(len(own)) < len(val_boxed)
+        for kind, maps in ((OWN, own[None]), (RANDOM, random_maps[:, len(few) :]), (ONES, ones(len(own), 8)[None]),
+                           (SQUARE, centred_square(len(own), 64)[None])):
+            scores[kind] |= localisation(maps, boxes[: maps.shape[1]], in_val[: maps.shape[1]])
+    return scores, confusion_matrix(val.labels, predicted, len(classes))
+
+
+def confusion_matrix(labels, predicted, classes):
+    """How many photos of each class are taken for which: (K, K) int64. Rows are what is there, columns what the network
+    says; labels, predicted: (N,) int64; classes: K, how many there are."""
+    return torch.bincount(labels * classes + predicted, minlength=classes**2).view(classes, classes)
+
+
+# ---------------------------------------------------------------- the tables of several networks
+
+# The summary's rows; where an arrow is, higher is better.
+SUMMARY = {"accuracy": " ↑", "accuracy, mean of the classes": " ↑", "pointing game": " ↑",
+           "MaxBoxAccV2, cross-fitted": " ↑", "MaxBoxAccV2, cross-fitted, all": " ↑", "share in the box": " ↑",
+           "area above half": ""}
+WIDTH = 100  # of the summary in a terminal
+
+
+def compare(networks):
+    """{network: {map: {score: Estimate}}} as {score: {network: {map: Estimate}}}, with the differences that are of the
+    same photos: own maps to the centred square, and each network's ("B minus A") to the first's."""
+    results, first = {}, next(iter(networks))
+    for network, scores in networks.items():
+        for score, own in scores[OWN].items():
+            cells = {kind: of_kind[score] for kind, of_kind in scores.items() if score in of_kind}
+            results.setdefault(score, {})[network] = cells
+            if own.per_photo is not None and SQUARE in cells:
+                cells[TO_SQUARE] = difference(own, cells[SQUARE])
+            if own.per_photo is not None and network != first:
+                results[score][f"{network} minus {first}"] = {OWN: difference(own, networks[first][OWN][score])}
+    return results
+
+
+def shown(estimate, n=None):
+    """An estimate in per cent, "58.0 [52.0, 63.9]", and its number of photos where it is not n; "" for None."""
+    if estimate is None:
+        return ""
+    interval = "" if estimate.low is None else f" [{100 * estimate.low:.1f}, {100 * estimate.high:.1f}]"
+    return f"{100 * estimate.value:.1f}{interval}" + (f" (n = {estimate.n:,})" if n not in (None, estimate.n) else "")
+
+
+def summary_tables(results, networks, form="text"):
+    """The summary of `compare`'s results, networks and square side by side, differences under the scores; in a terminal
+    as many networks beside each other as WIDTH holds."""
+    first, lines = networks[0], [["%, [95 % interval]", "n", *networks, SQUARE]]
+    for score, arrow in SUMMARY.items():
+        if cells := results.get(score):
+            own, squared, versus = ([cells.get(network, {}).get(kind) for network in names] for names, kind in (
+                (networks, OWN), (networks, TO_SQUARE), ([f"{network} minus {first}" for network in networks], OWN)))
+            lines.append([score + arrow * (form != "text"), f"{own[0].n:,}", *map(shown, own),
+                          shown(cells[first].get(SQUARE))])
+            lines += [[f"  minus {what}", "", *map(shown, of_networks), ""]
+                      for what, of_networks in ((SQUARE, squared), (first, versus)) if any(of_networks)]
+    lines = lines if any(line[-1] for line in lines[1:]) else [line[:-1] for line in lines]
+    for beside in range(len(lines[0]) - 2, 0, -1):
+        blocks = [[line[:2] + line[i : i + beside] for line in lines] for i in range(2, len(lines[0]), beside)]
+        tables = [write_table(block, form) for block in blocks]
+        if form != "text" or all(table.index("\n") <= WIDTH for table in tables):
+            return "\n".join(tables)
+    return "\n".join(tables)
+
+
+def long_table(results):
+    """All scores, maps and networks of `compare`'s results, in Markdown."""
+    columns = [*MAPS, TO_SQUARE]
+    rows = [[f"{score}: {network}", f"{cells[OWN].n:,}", *(shown(cells.get(c), cells[OWN].n) for c in columns)]
+            for score, networks in results.items() for network, cells in networks.items()]
+    return write_table([["%, [95 % interval]", "n", *columns], *rows], "markdown")
+
+
+def csv_table(results):
+    """All of `compare`'s results as CSV, a line each, shares from 0 to 1; without an interval its ends are empty."""
+    file = io.StringIO()
+    lines = [(score, network, kind, estimate.n, *estimate[:3]) for score, networks in results.items()
+             for network, cells in networks.items() for kind, estimate in cells.items()]
+    header = ("score", "network", "map", "n", "value", "low", "high")
+    csv.writer(file, lineterminator="\n").writerows([header, *lines])
+    return file.getvalue()
+
+
+# ---------------------------------------------------------------- the command
+
+
+def check_out(out):
+    """`out` without a suffix of ours; a ScoreError where no tables can be written, before the work, not after it."""
+    base = out.removesuffix(".md").removesuffix(".csv").removesuffix(".tex")
+    if base.endswith(("/", os.sep)) or Path(base).is_dir():
+        raise ScoreError(f"--out {out} is a folder: name the tables in it, for example {Path(out) / 'scores'}")
+    folder = next(path for path in Path(base).absolute().parents if path.exists())
+    if not folder.is_dir() or not os.access(folder, os.W_OK):
+        raise ScoreError(f"--out {out} cannot be written, {folder} is no folder that takes files: name another place")
+    return base
+
+
+def same_network(a, b):
+    """Whether two (network, facts) compute the same: equal weights, looks and classes."""
+    states = [network.state_dict() for network, _ in (a, b)]
+    return all(a[1][key] == b[1][key] for key in ("arch", "looks", "classes")) and all(
+        torch.equal(tensor, states[1][key]) for key, tensor in states[0].items())
+
+
+def name_networks(paths, loaded):
+    """{name: (path, network, facts)}, named after their architecture, numbered from the second on. A network that is
+    given twice, by whatever path, is scored once, and it is said; the same weights with other looks are another one."""
+    named = {}
+    for path, (network, facts) in zip(paths, loaded, strict=True):
+        if twin := next((known for known in named.values() if same_network(known[1:], (network, facts))), None):
+            print(f"{path} is the same network as {twin[0]}: it is scored once", file=sys.stderr)
+            continue
+        others = sum(known["arch"] == facts["arch"] for *_, known in named.values())
+        named[facts["arch"] + (f"-{others + 1}" if others else "")] = path, network, facts
+    return named
+
+
+def load_boxes(folder, named, val):
+    """(which of val's photos have boxes, those of train that have, the boxes of both, a sentence on what is missing or
+    ""). named: the folder of boxes that the user names, or None: the data's own, if it has some."""
     import data
 
-    found = {}  # (split, column): maps of all photos
-    for split, some in photos.items():
-        batches = [four_maps(explained, other, x, y)[0] for x, y in data.eval_batches(some, facts["size"], BATCH)]
-        for column in COLUMNS:
-            found[split, column] = torch.cat([maps[column] for maps in batches])
-    truth = {split: [boxes[Path(name).stem] for name in some.names] for split, some in photos.items()}
-    scores = {}
-    for column in COLUMNS:
-        train, val = (best_iou_per_threshold(found[split, column], truth[split]) for split in ("train", "val"))
-        right = [(val[:, best_threshold(train, iou)] >= iou).float() for iou in (0.3, 0.5, 0.7)]
-        area, share = focus(found["val", column], truth["val"])
-        cells = {
-            "MaxBoxAcc": right[1],
-            "MaxBoxAcc, best threshold": bootstrap(val, max_box_acc),
-            "MaxBoxAccV2": sum(right) / 3,
-            "MaxBoxAccV2, best thresholds": bootstrap(val, max_box_acc_v2),
-            "pointing game": pointing_game(found["val", column], truth["val"]).float(),
-            "focus: area above half of the maximum": area,
-            "focus: share of the positive map in the box": share,
-        }
-        for score, cell in cells.items():
-            scores.setdefault(score, {})[column] = cell
-    return scores
+    source, boxes, train = Path(named or folder), {}, val.subset(torch.arange(0))
+    if named or (source / "localization.txt").exists():
+        boxes, train = read_boxes(source / "localization.txt", source / "image_sizes.txt"), data.load(folder, "train")
+    chosen, found = [], []
+    for photos, most in ((val, None), (train, TRAIN_BOXES)):
+        index = torch.tensor([i for i, name in enumerate(photos.names) if Path(name).stem in boxes], dtype=torch.long)
+        chosen.append(index[torch.randperm(len(index), generator=torch.Generator().manual_seed(0))][:most])
+        found += [boxes[Path(photos.names[i]).stem] for i in chosen[-1]]
+    if named and len(chosen[0]) == 0:
+        raise ScoreError(f"{source} has no boxes of photos in {folder}'s val: name those of this data set (--boxes)")
+    missing = ("" if len(chosen[0]) and len(chosen[1]) else
+               f"{source} has no boxes of train: thresholds are fitted on val's alone" if len(chosen[0]) else
+               "no boxes of val, so no localisation: name a folder of localization.txt and image_sizes.txt (--boxes)")
+    return chosen[0], train.subset(chosen[1]), found, missing
 
 
-def as_rows(networks):
-    """{network: {score: {column: per photo (N,), or (value, low, high)}}} as the rows of `write_table`; where there are
-    two networks, with their difference, photo by photo."""
-    rows = []
-    for score in next(iter(networks.values())):
-        for name, scores in networks.items():
-            cells, n = {}, None
-            for column, values in scores[score].items():
-                if isinstance(values, tuple):
-                    cells[column] = values
-                elif score.startswith("accuracy"):
-                    cells[column], n = accuracy_interval(int(values.sum()), len(values)), len(values)
-                else:
-                    cells[column], n = bootstrap(values), len(values)
-            rows.append((f"{score}: {name}" + (f" (n = {n:,})" if n else ""), cells))
-        first, *second = (scores[score][COLUMNS[0]] for scores in networks.values())
-        if len(second) == 1 and not isinstance(first, tuple):
-            rows.append((f"    {' less '.join(networks)}", {COLUMNS[0]: bootstrap(first - second[0])}))
-    return rows
-
-
-def score(options):
-    """The table of all scores of all networks, printed, and as Markdown and CSV in files."""
+def score(paths, source, boxes_folder, deleted, out, looks):
+    """Score the checkpoints `paths` on the data `source`: prints the summary; writes it and all scores as `out`.md, the
+    summary as .tex, all scores as .csv, and pictures of confusion matrices. looks: of `cam.parse_looks`, or None."""
     import cam
     import data
     import models
 
-    folder = data.prepare(options.data)
-    photos = {split: data.load(folder, split) for split in ("train", "val")}
-    source = Path(options.boxes or folder)
-    boxes = {}
-    if options.boxes or (source / "localization.txt").exists():
-        boxes = read_boxes(source / "localization.txt", source / "image_sizes.txt")
-    boxed = {}
-    for split, some in photos.items():
-        found = torch.tensor([i for i, name in enumerate(some.names) if Path(name).stem in boxes], dtype=torch.long)
-        order = torch.randperm(len(found), generator=torch.Generator().manual_seed(0))
-        boxed[split] = some.subset(found[order[:400]] if split == "train" else found)  # 400 settle a threshold
-    if options.boxes and not all(map(len, boxed.values())):
-        raise ScoreError(f"{source} has no boxes of photos in {folder}'s train and val: name those of this data set")
-    networks = {}
-    for path, (network, facts) in zip(options.models, cam.load_models(options.models), strict=True):
-        name = facts["arch"] if facts["arch"] not in networks else path
-        other = cam.MapsAndLogits(models.fold_norms(untrained(facts)))
-        explained = cam.MapsAndLogits(models.fold_norms(network))
-        networks[name] = faithfulness(explained, other, facts, photos["val"], options.deletion)
-        if all(map(len, boxed.values())):
-            networks[name] |= localisation(explained, other, facts, boxed, boxes)
-    rows = as_rows(networks)
-    print(write_table(rows), end="")
-    if not boxes:
-        print("no boxes, so no localisation: name a folder of localization.txt and image_sizes.txt (BOXES=)")
-    out = Path(options.out)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    for form, suffix in (("markdown", ".md"), ("csv", ".csv")):
-        with models.atomic(out.with_suffix(suffix)) as file:
-            file.write(write_table(rows, form).encode())
+    out = check_out(out)
+    named = name_networks(paths, cam.load_models(paths, looks))
+    pictures = {name: f"{out}-confusion-{name}.png" for name in named}
+    for picture in pictures.values():
+        cam.check_picture_name(picture)
+    folder = data.prepare(source)
+    val = data.load(folder, "val")
+    *boxed, missing = load_boxes(folder, boxes_folder, val)
+    networks, notes = {}, [missing] * bool(missing)
+    if len(boxed[0]):
+        notes.append("cross-fitted: box thresholds of each half of the photos are the best of the other half; "
+                     "all: with photos of train")
+    for name, (path, network, facts) in named.items():
+        networks[name], matrix = score_network(models.fold_norms(network), facts, val, *boxed, deleted, name)
+        pictures[name] = pictures[name], cam.confusion_picture(matrix, facts["classes"], cam.describe(facts))
+        notes.append(f"{name}: {path}, {cam.describe(facts)}; looks at {', '.join(map(str, facts['looks']))} px")
+    results, names = compare(networks), list(networks)
+    summary, bullets = summary_tables(results, names, "markdown"), "".join(f"- {note}\n" for note in notes)
+    tables = {".md": f"{summary}\n{bullets}\n{long_table(results)}", ".csv": csv_table(results),
+              ".tex": summary_tables(results, names, "latex")}
+    Path(out).parent.mkdir(parents=True, exist_ok=True)
+    for suffix, text in tables.items():
+        with models.atomic(out + suffix) as file:
+            file.write(text.encode())
+    for picture, image in pictures.values():
+        cam.save_picture(image, picture)
+    print(summary_tables(results, names) + "\n".join(["", *notes, f"written: {out}.md, .csv, .tex, -confusion-*.png; "
+          f"in LaTeX \\usepackage{{booktabs}} and \\input{{{out}.tex}}"]))
 
 
-def main():
+def main(arguments=None):
     """The command line: the scores of trained networks, as one table."""
+    import cam
+    import data
+    import models
+
     parser = argparse.ArgumentParser(description="Accuracy, faithfulness and localisation of trained networks.",
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)  # fmt: skip
-    parser.add_argument("models", nargs="+", help="checkpoints (runs/*/best.pt)")
-    parser.add_argument("--data", default="data/imagenette2-160", help="ImageNette folder or .tgz")
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("models", nargs="+", help="checkpoints (runs/*/best.pt); differences are to the first")
+    parser.add_argument("--data", default="data/imagenette2-160", help="folder or archive of photos in class folders")
     parser.add_argument("--boxes", help="folder of localization.txt and image_sizes.txt; by default the data's own")
     parser.add_argument("--deletion", type=int, default=100, help="photos for deletion and insertion, the slow scores")
-    parser.add_argument("--out", default="figures/scores", help="where .md and .csv go")
-    options = parser.parse_args()
-    import cam
-    import data
-    import models
-
+    parser.add_argument("--out", default="figures/scores", help="where .md, .csv, .tex and pictures go, without suffix")
+    cam.add_looks_option(parser)
+    options = parser.parse_args(arguments)
+    if options.deletion < 0:
+        parser.error("--deletion takes a number of photos, 0 or more")
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="backslashreplace")  # a name that this terminal cannot write
     models.keep_memory()
     try:
-        score(options)
+        looks = options.looks and cam.parse_looks(options.looks)
+        score(options.models, options.data, options.boxes, options.deletion, options.out, looks)
+    except KeyboardInterrupt:
+        print("score.py: stopped; no file is half-written, and the same command starts anew", file=sys.stderr)
+        sys.exit(130)
     except (ScoreError, cam.CamError, data.DataError, models.ModelError, OSError) as error:
         print(f"score.py: {error}", file=sys.stderr)
         sys.exit(2)
