@@ -90,7 +90,7 @@ def epoch(folder, device, precision, crop=CROP, share=1.0, batch_size=BATCH, pla
         wait(device)
         return time.time() - started
 
-    first = [photos.subset(torch.arange(min(steps * batch_size, len(photos)), device=device)) for steps in (10, 50)]
+    first = [photos.subset(torch.arange(min(steps * batch_size, len(photos)))) for steps in (10, 50)]
     run(first[0])
     seconds, waited = run(photos), []
     share = run(first[1], waited)  # fills `waited`

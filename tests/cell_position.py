@@ -83,7 +83,7 @@ def main():
             best = [score.best_threshold(tables["train"], iou) for iou in ious]
             right = sum((tables["val"][:, t] >= iou).float() for iou, t in zip(ious, best, strict=True)) / 3
             pointing = score.pointing_game(large["val"], truth["val"])
-            cells = [score.bootstrap(right), score.bootstrap(pointing.float())]
+            cells = [score.mean_interval(right)[:3], score.mean_interval(pointing.float())[:3]]
             text = ", ".join(f"{name} {v:.1%} [{low:.1%}, {high:.1%}]" for name, (v, low, high)
                              in zip(("MaxBoxAccV2", "pointing"), cells, strict=True))  # fmt: skip
             print(f"  moved {shift * stride:4.1f} px up and left: mirror images differ by {apart:.3f}; {text}")
