@@ -41,7 +41,8 @@ TEXT, WRONG = (50, 50, 50), (196, 30, 30)
 # Sizes on paper, in points (1/72 inch): a picture is at most as wide as the text of an A4 page.
 PAGE = 16 / 2.54 * 72
 TEXT_SIZES = (8, 7.5, 7)  # the largest that no word is too long for
-GAP, BAR, LINE, RIM, FRAME, TALLEST = 4, (84, 9), 0.6, 1.4, 1.2, 200
+GAP, BAR, LINE, RIM, FRAME = 4, (84, 9), 0.6, 1.4, 1.2  # between photos; the colour bar; the line and its rim
+TALLEST, LEAST = 200, 28  # the height of a photo, the width of a column
 MOST_PHOTOS, MOST_CLASSES = 100, 50  # in a figure; in a confusion picture
 
 
@@ -131,18 +132,18 @@ def overlay(photo, cells, scale):
 
 
 def outline(picture, cells, width=1.0, rim=2.4):
-    """A line around the region above half of the map's maximum (score.py's "focus"), on `picture` (H, W, 3) uint8.
+    """A line around the region above half of the map's maximum ("focus" in score.py), on a picture (H, W, 3).
 
-    Dark, `width` px, within a light rim, `rim` px, so that it shows on everything. Where f = map - maximum / 2, the line
-    is f = 0, and a pixel's distance from it is |f| / |gradient of f| to first order. A map that is nowhere positive has
+    Dark, `width` px, within a light rim, `rim` px, to show on everything. Where f = map - maximum / 2, the line is f = 0,
+    and a pixel's distance from it is |f| / |gradient of f| to first order. A map that is nowhere positive has
     no such region. Returns a new picture.
     """
     f = upsample(as_map(cells)[None], picture.shape[:2])[0]  # (H, W)
     if f.max() <= 0:
         return picture
     f = f - f.max() / 2
-    padded = F.pad(f[None, None], (1, 1, 1, 1), mode="replicate")[0, 0]
-    slope = torch.hypot(padded[2:, 1:-1] - padded[:-2, 1:-1], padded[1:-1, 2:] - padded[1:-1, :-2]) / 2
+    steps = [f.diff(dim=d, prepend=f.narrow(d, 0, 1), append=f.narrow(d, -1, 1)).abs() for d in (0, 1)]
+    slope = torch.hypot(steps[0][1:].maximum(steps[0][:-1]), steps[1][:, 1:].maximum(steps[1][:, :-1]))
     distance = f.abs() / slope.clamp(min=1e-12)
     shown = picture.float()
     for ink, across in ((255.0, rim), (20.0, width)):
@@ -160,7 +161,7 @@ class Scale(NamedTuple):
 
 
 def scale_of(maps):
-    """The `Scale` of maps of any shape: its end is a high quantile, so that one strong cell leaves the others visible."""
+    """The `Scale` of maps of any shape: its end is a high quantile, so that one strong cell hides no other."""
     maps = as_map(maps)
     end = float(np.quantile(maps.abs().numpy(), SCALE_QUANTILE)) or float(maps.abs().max()) or 1e-6
     return Scale(end, bool(maps.min() < -end), bool(maps.max() > end))
@@ -255,7 +256,9 @@ def printable(text):
 
 
 def wrap(text, width, face):
-    """`text` in lines of at most `width` px, broken at spaces, or within a word that alone is too long."""
+    """`text` in lines of at most `width` px, broken at spaces, or in a word that alone is too long."""
+    if "\n" in text:
+        return [line for part in text.split("\n") for line in wrap(part, width, face)]
     lines = [""]
     for word in text.split():
         if face.getlength(f"{lines[-1]} {word}".strip()) <= width:
@@ -270,7 +273,8 @@ def wrap(text, width, face):
 
 def signed(value, scale):
     """`value` with its sign, with the decimals that show three digits of `scale`."""
-    return f"{value:+.{max(0, 2 - math.floor(math.log10(scale)))}f}" if value else "0"
+    decimals = max(0, 2 - math.floor(math.log10(scale)))
+    return f"{round(float(value), decimals) + 0.0:+.{decimals}f}"
 
 
 def resize(photo, width, height):
@@ -366,39 +370,47 @@ def draw_strip(strip, widths, height, page, pen):
     return [(piece, pen.gap // 2 if i else 2 * pen.gap) for i, piece in enumerate(pieces)]
 
 
-def side_by_side(photos, room, columns, tallest):
-    """The widths of the columns and the one height (px) of photos that stand on a line of `room` px: the largest at
-    which they fit. For the sake of its text, no column is much narrower than a `columns`-th of the line."""
+def side_by_side(photos, words, room, tallest):
+    """The widths of the columns and the one height (px) of photos that stand on a line of `room` px: the largest
+    at which they fit. words: px that each column needs for its longest word, of which no column gets more than its part."""
     aspects = [photo.shape[1] / photo.shape[0] for photo in photos]
-    least, widest = min(0.75 * room / columns, 0.35 * tallest), 2 * median(aspects)
+    widest = 2 * median(aspects)
+    words = [min(word, room // len(photos)) for word in words]
 
     def widths(height):
-        return [int(max(min(aspect, widest) * height, least)) for aspect in aspects]
+        return [int(max(min(aspect, widest) * height, word)) for aspect, word in zip(aspects, words, strict=True)]
 
     height = max((h for h in range(1, tallest + 1) if sum(widths(h)) <= room), default=1)
     return widths(height), height
 
 
+def lay_out(block, dpi, tallest):
+    """The widths of a block's columns and the height of its photos, px."""
+    pen, least = pens(dpi)[-1], round(LEAST * dpi / 72)
+    columns = list(zip(*(strip.tiles for strip in block), strict=True))
+    words = [max([least, *(math.ceil(pen.face.getlength(word)) for tile in column if tile
+                           for word in f"{tile.above} {tile.below}".split())]) for column in columns]
+    room = round(PAGE * dpi / 72) - pen.gap * (len(columns) - 1)
+    return side_by_side([tile.photo for tile in block[0].tiles], words, room, tallest)
+
+
 def draw(blocks, legend="", dpi=300):
     """A picture, 16 cm wide or less, of blocks (lists of `Strip` with their tiles in the same columns) above a legend.
     Text has 8 points, or 7 where a word would not fit. Returns a PIL image."""
-    pen, shapes = pens(dpi)[0], []  # of each block: widths of its columns, height of its photos
-    columns, tallest = max(len(block[0].tiles) for block in blocks), round(TALLEST * pen.px)
+    shapes, tallest = [], round(TALLEST * dpi / 72)
     for block in blocks:
-        room = round(PAGE * pen.px) - pen.gap * (len(block[0].tiles) - 1)
-        shapes.append(side_by_side([tile.photo for tile in block[0].tiles], room, columns, tallest))
+        shapes.append(lay_out(block, dpi, tallest))
         tallest = shapes[0][1]  # a last block of few photos does not grow
-    page = max(sum(widths) + pen.gap * (len(widths) - 1) for widths, _ in shapes)
-    page = max(page, round(PAGE / 2 * pen.px))
     texts = [(f"{tile.above} {tile.below}", width) for block, (widths, _) in zip(blocks, shapes, strict=True)
              for strip in block for tile, width in zip(strip.tiles, widths, strict=True) if tile]
     pen = next((pen for pen in pens(dpi) if all(pen.fits(*text) for text in texts)), pens(dpi)[-1])
-    pieces = []
+    page = max(sum(widths) + pen.gap * (len(widths) - 1) for widths, _ in shapes)
+    page, pieces = max(page, round(PAGE / 2 * dpi / 72)), []
     for block, (widths, height) in zip(blocks, shapes, strict=True):
         pieces += [(blank(1, 1), 2 * pen.gap)] if pieces else []
         for strip in block:
             pieces += draw_strip(strip, widths, height, page, pen)
-    legend = ("Orange adds to the logit, blue takes from it; the line runs at half of a map's maximum. " + legend).strip()
+    legend = f"Orange adds to the logit, blue takes from it; line: half of a map's maximum. {legend}"
     return stack([*pieces, (draw_texts([legend], [page], pen), 3 * pen.gap)], page, dpi)
 
 
@@ -438,11 +450,9 @@ def compose(photos, titles, rows, columns=10, scale="row", legend="", dpi=300):
 
 
 def confusion_cells(matrix, shares, side, pen):
-    """The cells of a confusion picture, `side` px each: right answers grey, mistakes red, by their share of the row
-    (the largest mistake has the full red, so that rare ones are seen), with their counts where there is room."""
-    right = torch.eye(len(matrix), dtype=torch.bool)[..., None]
-    mistakes = torch.where(right[..., 0], 0, shares)
-    strength = torch.where(right[..., 0], shares, mistakes / mistakes.max().clamp(min=1e-9))[..., None]
+    """The cells of a confusion picture, `side` px each: right answers grey, mistakes red, as deep as the square root of
+    their share of the row, so that rare ones are seen too, with their counts where there is room."""
+    right, strength = torch.eye(len(matrix), dtype=torch.bool)[..., None], shares.sqrt()[..., None]
     ends = torch.where(right, torch.tensor([0.7, 0, 0]), torch.tensor([0.6, 0.17, 0.08]))  # OKLab
     colours = (oklab_to_srgb(torch.lerp(torch.tensor([0.97, 0, 0]), ends, strength)) * 255).round().to(torch.uint8)
     cells = colours.repeat_interleave(side, 0).repeat_interleave(side, 1)
@@ -472,23 +482,24 @@ def confusion_picture(matrix, classes, title, dpi=300):
     page = round(PAGE * pen.px)
     margin = math.ceil(min(page / 4, max(pen.face.getlength(name) for name in names))) + pen.gap
     side = min((page - margin) // len(names), round(48 * pen.px))
-    pen = next((pen for pen in pens(dpi) if pen.line <= side), pens(dpi)[-1])
+    pen = next((pen for pen in pens(dpi) if all(pen.fits(name, side - pen.gap) for name in names)), pen)
+    pen = pen if pen.line <= side else pens(dpi)[-1]
     lines = [wrap(name, margin - pen.gap, pen.face) for name in names]  # of a long name the first line
     names = [first + "..." * bool(more) for first, *more in lines]
     if all(pen.fits(name, side - pen.gap) for name in names):
         header = draw_texts(names, [side - pen.gap] * len(names), pen, above=True)
     else:
         lying = blank(margin - pen.gap, len(names) * side)
-        for i, name in enumerate(reversed(names)):
-            ImageDraw.Draw(lying).text((0, (i + 0.5) * side), name, TEXT, pen.face, "lm")
+        for i, name in enumerate(names):
+            ImageDraw.Draw(lying).text((pen.gap // 2, (i + 0.5) * side), name, TEXT, pen.face, "lm")
         header = lying.rotate(90, expand=True)
     table = blank(max(margin + len(names) * side, page // 2), header.height + len(names) * side)
     table.paste(header, (margin, 0))
     table.paste(confusion_cells(matrix, shares, side, pen), (margin, header.height))
     for i, name in enumerate(names):
-        place = (margin - pen.gap, header.height + (i + 0.5) * side)
-        ImageDraw.Draw(table).text(place, name, TEXT, pen.face, "rm")
-    notes = "Rows: what is there; columns: what the network says. Grey is right, red a mistake, by its share of the row."
+        middle = header.height + (i + 0.5) * side
+        ImageDraw.Draw(table).text((margin - pen.gap, middle), name, TEXT, pen.face, "rm")
+    notes = "Rows: what is there; columns: what the network says; the deeper, the larger the share of the row."
     return stack([(draw_texts([title], [table.width], pen, ["black"]), 0), (table, pen.gap),
                   (draw_texts([notes], [table.width], pen), pen.gap)], table.width, dpi)
 
@@ -563,10 +574,11 @@ def load_models(paths, looks=None):
     """
     import models
 
-    looks = looks or [None]
+    looks = list(looks or [None])
     if len(looks) not in (1, len(paths)):
-        raise CamError(f"--looks has {len(looks)} lists for {len(paths)} checkpoints: give one for all, or one for each")
-    loaded = [models.load(path, looks=sizes) for path, sizes in zip(paths, looks * (len(paths) // len(looks)), strict=True)]
+        raise CamError(f"--looks has {len(looks)} lists for {len(paths)} checkpoints: give one, or one for each")
+    looks *= len(paths) // len(looks)
+    loaded = [models.load(path, looks=sizes) for path, sizes in zip(paths, looks, strict=True)]
     for path, (_, facts) in zip(paths, loaded, strict=True):
         if missing := {"size", "settings", "accuracy", "how"} - facts.keys():
             raise CamError(f"{path} does not say its {min(missing)}: use a checkpoint of train.py (runs/*/best.pt)")
@@ -630,7 +642,7 @@ def one_of_each_class(folder, seed, known, wanted=None):
     names = check_classes(wanted, known) if wanted else list(known)
     if not wanted and len(names) > MOST_CLASSES:
         names = [known[k] for k in torch.randperm(len(known), generator=generator)[:MOST_CLASSES].sort().values]
-        print(f"{len(names)} of {len(known)} classes are shown: choose others with --classes or --seed", file=sys.stderr)
+        print(f"{len(names)} of {len(known)} classes are shown: --classes or --seed chooses others", file=sys.stderr)
     photos = []
     for name in names:
         of_class = (val.labels == known.index(name)).nonzero()[:, 0]
@@ -712,7 +724,7 @@ def figure(models, looks, folder, classes, images, titles, truth, seed, columns,
     for network, facts in loaded:
         maps, _, probabilities = predict_with_maps(network, facts, photos)
         rows.append(row_of(describe(facts), maps, facts, probabilities.argmax(1), probabilities, truth))
-    legend = f"Above: {'what is there' if titles == truth else 'the photo'}; below: what the network says."
+    legend = f"Above: {'what is there' if titles == truth else 'the photo'}; below: the prediction."
     picture = compose(photos, titles, rows, columns, scale, legend, dpi)
     finish(picture, out, "Class activation maps, in logits, of the class that each network predicts", loaded)
 
@@ -723,11 +735,11 @@ def top_tiles(network, facts, photo, top, contrast):
     maps, logits, probabilities = (values[0] for values in predict_with_maps(network, facts, [photo]))
     tiles = []
     for k in probabilities.topk(min(top, len(classes))).indices.tolist():
-        text = f"{printable(classes[k])} {probabilities[k]:.1%}, logit {logits[k]:+.2f}"
+        text = f"{printable(classes[k])} {probabilities[k]:.1%}\nlogit {signed(logits[k], 1)}"
         tiles.append(Tile(photo, maps[k], text))
     if contrast:
         a, b = (classes.index(name) for name in contrast)
-        text = printable(f"{classes[a]} minus {classes[b]}, logits {logits[a] - logits[b]:+.2f}")
+        text = printable(f"{classes[a]} minus {classes[b]}\nlogits {signed(logits[a] - logits[b], 1)}")
         tiles.append(Tile(photo, contrast_map(maps[None], a, b)[0], text))
     return tiles
 
