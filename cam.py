@@ -134,7 +134,7 @@ def overlay(photo, cells, scale):
 def outline(picture, cells, width=1.0, rim=2.4):
     """A line around the region above half of the map's maximum ("focus" in score.py), on a picture (H, W, 3).
 
-    Dark, `width` px, within a light rim, `rim` px, to show on everything. Where f = map - maximum / 2, the line is f = 0,
+    Dark, `width` px, in a light rim, `rim` px, to show on everything. Where f = map - maximum / 2, the line is f = 0,
     and a pixel's distance from it is |f| / |gradient of f| to first order. A map that is nowhere positive has
     no such region. Returns a new picture.
     """
@@ -378,7 +378,7 @@ def side_by_side(photos, words, room, tallest):
     words = [min(word, room // len(photos)) for word in words]
 
     def widths(height):
-        return [int(max(min(aspect, widest) * height, word)) for aspect, word in zip(aspects, words, strict=True)]
+        return [math.ceil(max(min(aspect, widest) * height, word)) for aspect, word in zip(aspects, words, strict=True)]
 
     height = max((h for h in range(1, tallest + 1) if sum(widths(h)) <= room), default=1)
     return widths(height), height
