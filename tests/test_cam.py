@@ -49,6 +49,12 @@ def checkpoint(path, seed=0, classes=CLASSES):
     return path
 
 
+def facts_of(**other):
+    """What a checkpoint of today says of itself."""
+    return dict(arch="cnn", classes=CLASSES, mean=data.MEAN, std=data.STD, looks=[SIZE], accuracies={str(SIZE): 0.5},
+                accuracy_on="val", accuracy_n=40, how="trained from scratch", settings={}, epoch=1) | other
+
+
 @pytest.fixture(scope="module")
 def one(tmp_path_factory):
     return checkpoint(tmp_path_factory.mktemp("one") / "best.pt", seed=1)
@@ -57,6 +63,22 @@ def one(tmp_path_factory):
 @pytest.fixture(scope="module")
 def two(tmp_path_factory):
     return checkpoint(tmp_path_factory.mktemp("two") / "best.pt", seed=2)
+
+
+@pytest.fixture
+def seen(monkeypatch):
+    """What `compose` was given, call by call."""
+    given, compose = [], cam.compose
+    monkeypatch.setattr(cam, "compose", lambda *arguments: given.append(arguments) or compose(*arguments))
+    return given
+
+
+@pytest.fixture
+def blocks(monkeypatch):
+    """The blocks that `draw` was given, call by call."""
+    given, draw = [], cam.draw
+    monkeypatch.setattr(cam, "draw", lambda *arguments: given.append(arguments[0]) or draw(*arguments))
+    return given
 
 
 @pytest.fixture
@@ -163,10 +185,10 @@ def test_identity_refuses_logits_that_are_not_of_the_mean(what):
 
 
 @pytest.mark.parametrize("what", ["max pooling", "layer norm", "hidden layer"])
-def test_look_refuses_networks_of_another_shape(what):
+def test_prediction_refuses_networks_of_another_shape(what):
     photo = torch.randint(256, (40, 50, 3), generator=seeded(), dtype=torch.uint8)
     with pytest.raises(cam.CamError, match="miss the logits"):
-        cam.look(other_shapes(torch.float)[what].eval(), {"size": SIZE}, [photo])
+        cam.predict_with_maps(other_shapes(torch.float)[what].eval(), {"size": SIZE}, [photo])
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
@@ -355,7 +377,8 @@ def test_both_signs_and_zero_differ_to_colour_blind_eyes(eyes):
 # ---------------------------------------------------------------- the figure, pixel by pixel
 
 MAGENTA = (255, 0, 255)
-TILE = 60
+DPI = 72  # a pixel is a point
+PAGE = 16 / 2.54 * DPI  # px
 RAGGED = [(40, 80), (90, 30), (50, 50)]  # height, width: wide, tall, square
 
 
@@ -373,12 +396,12 @@ def runs(hits):
     return [(int(a), int(b - a)) for a, b in edges.reshape(-1, 2)]
 
 
-def places(sizes, titles, rows, tile=TILE):
+def places(sizes, titles, rows, dpi=DPI):
     """Where `compose` puts things, found in the picture itself: for each column the photo's x, y, width, height, and
     of each row's map its y. Photos are magenta here and maps zero, so that both are easy to see."""
     photos = [torch.tensor(MAGENTA, dtype=torch.uint8).expand(*size, 3).contiguous() for size in sizes]
     plain = [row._replace(maps=torch.zeros_like(row.maps), right=[None] * len(sizes)) for row in rows]
-    canvas = np.array(cam.compose(photos, titles, plain, tile))
+    canvas = np.array(cam.compose(photos, titles, plain, dpi=dpi))
     grey = cam.overlay(photos[0][:1, :1], torch.zeros(1, 1), 1.0)[0, 0].numpy()
     magenta, found = (canvas == MAGENTA).all(2), []
     for x, width in runs(magenta.any(0)):
@@ -390,31 +413,33 @@ def places(sizes, titles, rows, tile=TILE):
     return found
 
 
-def test_figure_has_the_size_of_its_tiles():
-    def size(columns, rows, tile=TILE):
-        photos = [noise_photo((50, 50))] * columns
-        return np.array(cam.compose(photos, ["a"] * columns, [cam_row(randn(columns, 3, 3).float())] * rows, tile).size)
+def test_figure_is_16_cm_wide_and_grows_by_rows_and_blocks():
+    def size(photos, rows=1, dpi=DPI, **more):
+        row = cam_row(randn(photos, 3, 3).float())
+        return cam.compose([noise_photo((50, 50))] * photos, ["a"] * photos, [row] * rows, dpi=dpi, **more).size
 
-    (one, two, three), more = (size(n, 1) for n in (1, 2, 3)), [size(1, n) for n in (2, 3)]
-    assert (two - one == three - two).all() and (more[0] - one == more[1] - more[0]).all()
-    assert TILE <= (two - one)[0] <= 1.2 * TILE and (two - one)[1] == 0  # a column is a tile and a small gap
-    assert TILE <= (more[0] - one)[1] <= 2 * TILE and (more[0] - one)[0] == 0
-    assert np.allclose(size(10, 2, 200), 2 * size(10, 2, 100), rtol=0.02)
+    for photos in (4, 5, 10):
+        assert 0.97 * PAGE <= size(photos)[0] <= PAGE + 1
+    one, two, three = (size(10, rows)[1] for rows in (1, 2, 3))
+    assert three - two == two - one > PAGE / 12
+    assert np.allclose(size(10, 2, dpi=200), 2 * np.array(size(10, 2, dpi=100)), rtol=0.02)
+    blocks = size(10, columns=5)
+    assert blocks[0] == pytest.approx(size(5)[0], abs=2) and blocks[1] > 1.7 * size(5)[1]
 
 
-def test_ragged_photos_take_no_other_place_than_square_ones():
+def test_ragged_photos_have_one_height_and_fill_the_page():
     rows = [cam_row(randn(3, 3, 4).float())]
-    titles = ["wide", "tall", "square"]
-    ragged = cam.compose([noise_photo(size) for size in RAGGED], titles, rows, TILE)
-    assert ragged.size == cam.compose([noise_photo((50, 50))] * 3, titles, rows, TILE).size
-    for (height, width), (_, _, w, h, _) in zip(RAGGED, places(RAGGED, titles, rows), strict=True):
-        assert max(w, h) == TILE and w / h == pytest.approx(width / height, rel=0.02)  # the aspect is kept
+    found = places(RAGGED, ["wide", "tall", "square"], rows)
+    assert len({h for _, _, _, h, _ in found}) == 1 and len({y for _, y, *_ in found}) == 1
+    for (height, width), (_, _, w, h, _) in zip(RAGGED, found, strict=True):
+        assert w / h == pytest.approx(width / height, rel=0.02)  # the aspect is kept
+    assert found[0][0] == 0 and found[-1][0] + found[-1][2] > 0.95 * PAGE
 
 
 def test_same_input_gives_the_same_bytes():
     def png():
         file, photos = BytesIO(), [noise_photo(size) for size in RAGGED]
-        cam.compose(photos, ["a", "b", "c"], [cam_row(randn(3, 3, 4).float())], TILE).save(file, "PNG")
+        cam.compose(photos, ["a", "b", "c"], [cam_row(randn(3, 3, 4).float())], dpi=DPI).save(file, "PNG")
         return file.getvalue()
 
     assert png() == png()
@@ -422,13 +447,13 @@ def test_same_input_gives_the_same_bytes():
 
 def test_map_lies_over_the_photo_at_the_photo_s_size():
     photos = [noise_photo(size, seed) for seed, size in enumerate(RAGGED)]
-    rows = [cam_row(randn(3, 3, 4, seed=seed).float()) for seed in (1, 2)]
-    canvas = np.array(cam.compose(photos, ["a", "b", "c"], rows, TILE))
+    rows = [cam_row(-randn(3, 3, 4, seed=seed).abs().float()) for seed in (1, 2)]  # nowhere positive: no line
+    canvas = np.array(cam.compose(photos, ["a", "b", "c"], rows, dpi=DPI))
     for i, (x, y, w, h, tops) in enumerate(places(RAGGED, ["a", "b", "c"], rows)):
         shown = canvas[y : y + h, x : x + w]
         for row, top in zip(rows, tops, strict=True):
             pixels = cam.upsample(row.maps[i : i + 1], (h, w))[0]
-            over = cam.overlay(torch.from_numpy(shown), pixels, row.maps.abs().max())
+            over = cam.overlay(torch.from_numpy(shown), pixels, np.quantile(row.maps.abs(), 0.98))
             assert np.array_equal(canvas[top : top + h, x : x + w], over)
 
 
@@ -438,10 +463,9 @@ def test_hot_cell_is_coloured_where_it_is_in_the_photo(size, y, x):
     photo = grey_photo(0, size)
     photo[:, size[1] // 2 :] = 255  # black, then white
     hot = torch.zeros(1, 5, 7)
-    hot[0, y, x] = 1
-    tile = 140
-    canvas = np.array(cam.compose([photo], ["a"], [cam_row(hot)], tile)).astype(int)
-    ((left, _, w, h, (top,)),) = places([size], ["a"], [cam_row(hot)], tile)
+    hot[0, y, x] = -1  # takes away: no line in the way
+    canvas = np.array(cam.compose([photo], ["a"], [cam_row(hot)], dpi=DPI)).astype(int)
+    ((left, _, w, h, (top,)),) = places([size], ["a"], [cam_row(hot)])
     shown = canvas[top : top + h, left : left + w]
     colour = shown.max(2) - shown.min(2)
     weight = colour * (colour > 8)
@@ -453,15 +477,15 @@ def test_hot_cell_is_coloured_where_it_is_in_the_photo(size, y, x):
 
 
 def test_a_row_has_one_scale():
-    maps = randn(1, 3, 4).float().expand(3, 3, 4) * torch.tensor([1, 1, 0.5])[:, None, None]
+    maps = -randn(1, 3, 4).float().abs().expand(3, 3, 4) * torch.tensor([1, 1, 0.5])[:, None, None]
     rows = [cam_row(maps), cam_row(10 * maps)]  # the second has its own
     titles = ["a", "b", "c"]
-    canvas = np.array(cam.compose([noise_photo((40, 60))] * 3, titles, rows, TILE))
+    canvas = np.array(cam.compose([noise_photo((40, 60))] * 3, titles, rows, dpi=DPI))
     tiles = [[canvas[top : top + h, x : x + w] for x, _, w, h, tops in places([(40, 60)] * 3, titles, rows)
               for top in tops[r : r + 1]] for r in (0, 1)]  # fmt: skip
     assert np.array_equal(tiles[0][0], tiles[0][1])
-    assert chroma(tiles[0][2]).mean() == pytest.approx(0.5 * float(chroma(tiles[0][0]).mean()), rel=0.1)
-    assert all(np.array_equal(a, b) for a, b in zip(*tiles, strict=True))
+    assert chroma(tiles[0][2]).mean() == pytest.approx(0.5 * float(chroma(tiles[0][0]).mean()), rel=0.15)
+    assert all(abs(a.astype(int) - b).max() <= 1 for a, b in zip(*tiles, strict=True))  # float32 rounds
 
 
 def test_only_wrong_predictions_have_a_frame_in_the_colour_of_wrong():
@@ -469,41 +493,45 @@ def test_only_wrong_predictions_have_a_frame_in_the_colour_of_wrong():
     for wrong in range(3):
         right = [None if i == (wrong + 1) % 3 else i != wrong for i in range(3)]
         row = cam_row(maps, right=right)
-        canvas = np.array(cam.compose(photos, ["a", "b", "c"], [row], TILE))
+        canvas = np.array(cam.compose(photos, ["a", "b", "c"], [row], dpi=DPI))
         for i, (x, _, w, h, (top,)) in enumerate(places(RAGGED, ["a", "b", "c"], [row])):
-            around = (canvas[top - 4 : top + h + 4, x - 2 : x + w + 2] == cam.WRONG).all(2)
+            around = (canvas[top - 1 : top + h + 1, max(0, x - 2) : x + w + 2] == cam.WRONG).all(2)
             if i == wrong:
                 assert (around.sum(0) >= h).sum() >= 4 and (around.sum(1) >= w).sum() >= 4  # two thick lines each way
             else:
                 assert not around.any()
 
 
-def test_long_names_wrap_inside_their_tile():
-    long = "great crested grebe with a rather long name"
-    photos, maps = [noise_photo((50, 50))] * 3, torch.ones(3, 2, 2)
-    row = cam_row(maps, captions=["", long + " 100%", ""], label="")
-    canvas = np.array(cam.compose(photos, ["", long, ""], [row], TILE))
-    (_, (x, y, w, h, (top,)), _) = places([(50, 50)] * 3, ["", long, ""], [row])
-    beside = x + 2 * w + 2 * (TILE // 20)  # where the colour bar and its unit are
-    for band in (canvas[:y], canvas[top + h + 2 :, :beside]):
+@pytest.mark.parametrize("text", ["great crested grebe with a rather long name 100%", "IMG_20240101_123456789_HDR.jpg",
+                                  "Donaudampfschifffahrtsgesellschaftskapitaen"])
+def test_long_names_and_words_stay_inside_their_column(text):
+    photos, maps = [noise_photo((50, 50))] * 10, -torch.ones(10, 2, 2)
+    titles, row = ["", text, *[""] * 8], cam_row(maps, ["", text, *[""] * 8], label="")
+    canvas = np.array(cam.compose(photos, titles, [row], dpi=DPI))
+    _, (x, y, w, h, (top,)), (beside, *_), *_ = places([(50, 50)] * 10, titles, [row])
+    foot = canvas.shape[0] - 4 * 10  # the legend
+    for band in (canvas[:y], canvas[top + h + 2 : foot]):
         inked = np.flatnonzero((band < 250).any((0, 2)))
-        assert len(inked) and inked.min() >= x - 1 and inked.max() <= x + w
+        assert len(inked) and inked.min() >= x - 2 and inked.max() < beside
 
 
-@pytest.mark.parametrize("word", ["IMG_20240101_123456789_HDR.jpg", "Donaudampfschifffahrtsgesellschaft"])
-def test_long_words_stay_inside_their_tile(word):
-    photos, maps = [noise_photo((50, 50))] * 3, torch.ones(3, 2, 2)
-    canvas = np.array(cam.compose(photos, ["", word, ""], [cam_row(maps)], TILE))
-    (_, (x, y, w, _, _), _) = places([(50, 50)] * 3, ["", word, ""], [cam_row(maps)])
-    inked = np.flatnonzero((canvas[:y] < 250).any((0, 2)))
-    assert len(inked) and inked.min() >= x - 1 and inked.max() <= x + w
+def test_a_word_is_broken_only_where_no_size_and_no_column_would_do(monkeypatch):
+    paper = Paper(monkeypatch)
+    titles = ["parachute", "my_holiday_photos_of_2024", *["springer"] * 8]
+    cam.compose([noise_photo((90, 50))] * 3 + [noise_photo((50, 80))] * 7, titles, [cam_row(torch.ones(10, 2, 2), titles)])
+    assert {"parachute", "holiday", "springer"} <= set(" ".join(paper.texts).split())
+    assert not any("_" in text for text in paper.texts)
+
+
+def test_letters_that_the_font_lacks_are_replaced():
+    assert cam.printable("Caf\u00e9_noir \u72ac") == "Cafe noir ?"
 
 
 class Paper:
     """What was written on pictures: the text, its font and the pixels it covers."""
 
     def __init__(self, monkeypatch):
-        self.texts, self.fonts, self.boxes, self.writing = [], [], [], False
+        self.texts, self.fonts, self.boxes, self.images, self.writing = [], [], [], [], False
         write = ImageDraw.ImageDraw.text
 
         def text(pen, xy, text, fill=None, font=None, anchor=None, *rest, **options):
@@ -511,6 +539,7 @@ class Paper:
                 self.texts.append(str(text))
                 self.fonts.append(font)
                 self.boxes.append(pen.textbbox(xy, text, font, anchor))
+                self.images.append(pen.im)
             before, self.writing = self.writing, True
             write(pen, xy, text, fill, font, anchor, *rest, **options)
             self.writing = before
@@ -518,36 +547,121 @@ class Paper:
         monkeypatch.setattr(ImageDraw.ImageDraw, "text", text)
 
 
-def overlapping(boxes, slack=2):
-    return [(a, b) for i, a in enumerate(boxes) for b in boxes[:i]
-            if min(a[2], b[2]) - max(a[0], b[0]) > slack and min(a[3], b[3]) - max(a[1], b[1]) > slack]  # fmt: skip
+def overlapping(paper, slack=2):
+    """Pairs of texts that lie on each other in one piece of a picture; the pieces are stacked, none on another."""
+    found = list(zip(paper.boxes, paper.images, paper.texts, strict=True))
+    return [(s, t) for i, (a, piece, s) in enumerate(found) for b, other, t in found[:i]
+            if piece is other and min(a[2], b[2]) - max(a[0], b[0]) > slack and min(a[3], b[3]) - max(a[1], b[1]) > slack]
 
 
 @pytest.mark.parametrize(("columns", "scale"), [(1, 9.96), (2, 9.96), (3, 9.96), (10, 0.04), (10, 43.0), (10, 1234.0)])
 def test_no_text_lies_on_another_or_leaves_the_picture(monkeypatch, columns, scale):
-    paper, label = Paper(monkeypatch), "mobilenet_v2, only its last layer trained: 97.3% of val right"
+    paper, label = Paper(monkeypatch), "mobilenet_v2, only its last layer trained, at 224, 320 px: 97.3% of 3,925 val right"
     row = cam_row(torch.full((columns, 2, 2), scale), ["English springer 100%"] * columns, label=label)
-    picture = cam.compose([noise_photo((50, 50))] * columns, ["garbage truck"] * columns, [row] * 2, 100)
-    assert not overlapping(paper.boxes)
-    for text, (x0, y0, x1, y1) in zip(paper.texts, paper.boxes, strict=True):
-        assert x0 >= 0 and y0 >= 0 and x1 <= picture.width and y1 <= picture.height, text
+    cam.compose([noise_photo((50, 50))] * columns, ["garbage truck"] * columns, [row] * 2, dpi=150)
+    cam.confusion_picture(torch.full((columns, columns), 1234), ["garbage truck"] * columns, label, dpi=150)
+    assert not overlapping(paper)
+    for text, (x0, y0, x1, y1), piece in zip(paper.texts, paper.boxes, paper.images, strict=True):
+        assert x0 >= -1 and y0 >= 0 and x1 <= piece.size[0] + 1 and y1 <= piece.size[1], text
 
 
 @pytest.mark.parametrize("scale", [1e-3, 0.04, 0.7, 9.96, 43.0, 1234.0])
 def test_colour_bar_says_its_ends_and_zero(monkeypatch, scale):
     paper = Paper(monkeypatch)
-    cam.compose([noise_photo((50, 50))], ["a"], [cam_row(torch.full((1, 2, 2), scale), ["b"], label="c")], 100)
+    cam.compose([noise_photo((50, 50))], ["a"], [cam_row(torch.full((1, 2, 2), scale), ["b"], label="c")], dpi=100)
     numbers = sorted(float(text.replace("\u2212", "-")) for text in paper.texts if re.search(r"\d", text))
     assert [numbers[0], numbers[-1]] == pytest.approx([-scale, scale], rel=0.05)
     assert 0 in numbers and len(set(numbers)) == len(numbers)
 
 
-def test_text_is_legible_on_a_printed_page(monkeypatch):
+@pytest.mark.parametrize("columns", [1, 3, 10, 20])
+@pytest.mark.parametrize("dpi", [72, 300])
+def test_text_has_7_to_9_points_where_the_picture_is_printed(monkeypatch, columns, dpi):
     paper = Paper(monkeypatch)
-    row = cam_row(torch.ones(10, 2, 2), ["English springer 100%"] * 10)
-    picture = cam.compose([noise_photo((50, 50))] * 10, CLASSES, [row, row])
-    points = 210 / 25.4 * 72  # width of an A4 page
-    assert min(font.size for font in paper.fonts) / picture.width * points > 6
+    row = cam_row(torch.ones(columns, 2, 2), ["English springer 100%"] * columns)
+    picture = cam.compose([noise_photo((50, 50))] * columns, ["church"] * columns, [row, row], columns, dpi=dpi)
+    cam.confusion_picture(torch.ones(columns, columns), CLASSES[:1] * columns, "title", dpi)
+    assert picture.info["dpi"] == (dpi, dpi) and picture.width / dpi * 2.54 <= 16.05
+    assert all(7 <= face.size / dpi * 72 <= 9 for face in paper.fonts)
+
+
+def test_scale_ends_at_a_quantile_and_arrowheads_say_where_cells_go_beyond():
+    maps = torch.linspace(-1, 1, 200).reshape(2, 10, 10)
+    assert cam.scale_of(maps) == (pytest.approx(0.98, abs=0.01), True, True)
+    maps[1, 9] = 50  # strong cells elsewhere do not make the others grey
+    assert cam.scale_of(maps / 2)[0] < 26 and cam.scale_of(torch.zeros(1, 2, 2)).end > 0
+    sparse = torch.zeros(1, 10, 10)
+    sparse[0, 0, 0] = 3
+    assert cam.scale_of(sparse) == (3, False, False)
+    bars = {(low, high): np.array(cam.draw_colour_bar(cam.Scale(2.0, low, high), 2)) for low in (0, 1) for high in (0, 1)}
+    for (low, high), bar in bars.items():
+        side = bar.shape[0]
+        assert ((bar[:, : side - 2] < 250).any(), (bar[:, 2 - side :] < 250).any()) == (low, high)
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("size", [(60, 80), (7, 50)])
+def test_line_runs_around_what_focus_measures(seed, size):
+    cells = randn(5, 6, seed=seed).float()
+    pixels = cam.upsample(cells[None], size)[0]
+    inside = pixels > pixels.max() / 2  # as score.py's focus
+    line = cam.outline(grey_photo(128, size), cells, 2.0, 4.0).float().mean(2)
+    crossed = [inside.narrow(d, 0, size[d] - 1) != inside.narrow(d, 1, size[d] - 1) for d in (0, 1)]
+    for d in (0, 1):  # dark wherever the region begins or ends ...
+        darker = torch.minimum(line.narrow(d, 0, size[d] - 1), line.narrow(d, 1, size[d] - 1))
+        assert crossed[d].any() and (darker[crossed[d]] < 90).all()
+    near = [F.max_pool2d(part[None, None].float(), 9, 1, 4)[0, 0] for part in (inside, ~inside)]
+    assert (line[(near[0] * near[1]) == 0] >= 128).all()  # ... and nowhere else
+
+
+@pytest.mark.parametrize("cells", [-torch.ones(3, 3), torch.zeros(3, 3), -randn(3, 3).abs().float()])
+def test_a_map_that_is_nowhere_positive_has_no_line(cells):
+    photo = noise_photo((20, 30))
+    assert torch.equal(cam.outline(photo, cells), photo)
+
+
+def test_line_shows_on_black_and_on_white():
+    cells = torch.zeros(5, 5)
+    cells[2, 2] = 1
+    for level in (0, 255):
+        shown = cam.outline(grey_photo(level, (90, 90)), cells, 2.0, 6.0)
+        assert (shown < 60).any() and (shown > 200).any()
+
+
+def test_scale_of_each_photo_is_named(monkeypatch):
+    paper = Paper(monkeypatch)
+    maps = torch.ones(2, 3, 3) * torch.tensor([2.0, 40.0])[:, None, None]
+    tiles, tile = [], cam.draw_tile
+    monkeypatch.setattr(cam, "draw_tile", lambda *given: tiles.append(tile(*given)) or tiles[-1])
+    cam.compose([grey_photo(128, (9, 9))] * 2, ["a", "b"], [cam_row(maps)], scale="photo", dpi=DPI)
+    assert "own scale" in " ".join(paper.texts) and {"caption \u00b12.00", "caption \u00b140.0"} <= set(paper.texts)
+    assert tiles[2].tobytes() == tiles[3].tobytes()
+
+
+def test_confusion_picture_has_the_counts_and_says_what_it_leaves_out(monkeypatch):
+    paper = Paper(monkeypatch)
+    matrix = torch.tensor([[11, 2], [0, 31]])
+    canvas = np.array(cam.confusion_picture(matrix, ["ants", "bees"], "cnn", dpi=DPI))
+    assert {"cnn", "ants", "bees", "11", "2", "31"} <= set(paper.texts) and "0" not in paper.texts
+    colours = cam.confusion_cells(matrix, matrix / matrix.sum(1, keepdim=True), 40, cam.pens(DPI)[0])
+    right, wrong, never = (colours.getpixel(at) for at in ((5, 5), (45, 5), (5, 45)))
+    assert len(set(right)) == 1 and wrong[0] > wrong[1] + 20 and min(never) > 230 and canvas.shape[1] <= PAGE + 1
+    many = torch.eye(60, dtype=torch.long) * 9
+    many[58, 59] = 7
+    paper.texts.clear()
+    cam.confusion_picture(many, [f"class {i}" for i in range(60)], "cnn", dpi=150)
+    assert "class 58" in paper.texts and "class 55" not in paper.texts and "50 of 60" in " ".join(paper.texts)
+
+
+def test_columns_of_the_confusion_picture_stand_above_their_cells():
+    names = ["i", "W" * 8, *["i"] * 18]  # too long for its column, so upright; the second is much the darkest
+    canvas = np.array(cam.confusion_picture(torch.eye(20), names, "", dpi=144)).astype(int)
+    cell = np.array(cam.confusion_cells(torch.eye(2), torch.eye(2), 9, cam.pens(72)[0]))[5, 5]
+    diagonal = np.argwhere((canvas == cell).all(2))
+    left, top = diagonal[:, 1].min(), diagonal[:, 0].min()
+    ink = (canvas[:top, left:] < 120).all(2).sum(0)
+    side = (canvas.shape[1] - left) / 20
+    assert ink[int(side) : int(2 * side)].sum() > 5 * ink[: int(side)].sum() > 0
 
 
 # ---------------------------------------------------------------- commands
@@ -556,9 +670,9 @@ def test_text_is_legible_on_a_printed_page(monkeypatch):
 def test_every_character_printed_is_in_the_font(call, demo, one, two, monkeypatch):
     paper = Paper(monkeypatch)
     photo = next((demo / "val").glob("*/*.JPEG"))
-    call("figure", "--models", one, two, "--data", demo, "--tile", 40)
-    call("explain", photo, "--model", one, "--contrast", CLASSES[0], CLASSES[1], "--tile", 40)
-    call("gallery", "--model", one, "--data", demo, "--tile", 40)
+    call("figure", "--models", one, two, "--data", demo, "--dpi", 40)
+    call("explain", photo, "--model", one, "--contrast", CLASSES[0], CLASSES[1], "--dpi", 40)
+    call("gallery", "--model", one, "--data", demo, "--dpi", 40)
     face = cam.font(20)
     missing = bytes(face.getmask("\U0010ffff"))
     printed = set("".join(paper.texts) + "".join(CLASSES) + "+-.0123456789%") - set(" \n")
@@ -567,52 +681,78 @@ def test_every_character_printed_is_in_the_font(call, demo, one, two, monkeypatc
 
 
 def test_default_photos_are_one_of_each_class_and_always_the_same(demo):
-    chosen = cam.one_of_each_class(demo, 0)
-    assert [name for _, name in chosen] == CLASSES
-    assert [os.path.basename(os.path.dirname(path)) for path, _ in chosen] == list(data.CLASSES)
-    assert chosen == cam.one_of_each_class(demo, 0) != cam.one_of_each_class(demo, 1)
-    assert all("/val/" in str(path) for path, _ in chosen)
+    val = data.load(demo, "val")
+    photos, names = cam.one_of_each_class(demo, 0, CLASSES)
+    assert names == CLASSES
+    for photo, name in zip(photos, names, strict=True):
+        assert any(val[i].equal(photo) for i in range(len(val)) if CLASSES[val.labels[i]] == name)
+    again, other = (cam.one_of_each_class(demo, seed, CLASSES)[0] for seed in (0, 1))
+    assert all(map(torch.equal, photos, again)) and not all(map(torch.equal, photos, other))
+    turned, reversed_names = cam.one_of_each_class(demo, 0, CLASSES[::-1], ["church", "tench"])
+    assert reversed_names == ["church", "tench"] and len(turned) == 2
+
+
+def test_classes_to_show_are_chosen_and_refused_by_name(call, demo, one, seen):
+    assert call("figure", "--models", one, "--data", demo, "--dpi", 40, "--classes", "church", "tench").returncode == 0
+    assert seen[0][1] == ["church", "tench"]
+    assert refused(call("figure", "--models", one, "--data", demo, "--classes", "unicorn"), "unicorn", "tench")
 
 
 def test_figure_is_the_same_every_time_and_its_seed_changes_it(call, demo, one, two, tmp_path):
     for name, more in (("a", []), ("b", ["--seed", 0]), ("c", ["--seed", 1])):
-        result = call("figure", "--models", one, two, "--data", demo, "--tile", 48, "--out", f"new/{name}.png", *more)
+        result = call("figure", "--models", one, two, "--data", demo, "--dpi", 40, "--out", f"new/{name}.png", *more)
         assert result.returncode == 0 and f"new/{name}.png" in result.stdout
     a, b, c = (tmp_path / "new" / f"{name}.png" for name in "abc")
     assert a.read_bytes() == b.read_bytes() != c.read_bytes()
     assert sorted(p.name for p in a.parent.iterdir()) == ["a.png", "b.png", "c.png"]
     with Image.open(a) as picture:
         picture.load()
-        assert picture.format == "PNG" and picture.mode == "RGB" and picture.width > 10 * 48
+        assert picture.format == "PNG" and picture.mode == "RGB" and picture.width == pytest.approx(16 / 2.54 * 40, rel=0.03)
 
 
-def test_figure_of_photos_of_one_s_own(call, demo, one, tmp_path, monkeypatch):
+def test_figure_of_photos_of_one_s_own(call, demo, one, tmp_path, seen):
     known = next((demo / "val" / "n03028079").glob("*"))
     shutil.copy(known, tmp_path / "mine.jpg")
-    seen, compose = [], cam.compose
-    monkeypatch.setattr(cam, "compose", lambda *arguments: seen.append(arguments) or compose(*arguments))
-    result = call("figure", "--models", one, "--images", known, "mine.jpg", "--out", "figure.png", "--tile", 48)
+    result = call("figure", "--models", one, "--images", known, "mine.jpg", "--out", "figure.png", "--dpi", 40)
     assert result.returncode == 0 and (tmp_path / "figure.png").exists()
-    ((photos, titles, (row,), _),) = seen
-    assert torch.equal(photos[0], photos[1]) and titles == ["church", "mine.jpg"]
-    assert row.right[0] in (True, False) and row.right[1] is None  # the truth is known of ImageNette's folders alone
+    ((photos, titles, (row,), *_),) = seen
+    assert torch.equal(photos[0], photos[1]) and titles == ["church", "mine"]
+    assert row.right[0] in (True, False) and row.right[1] is None  # the truth is known of folders named like a class
     assert torch.equal(row.maps[0], row.maps[1]) and row.captions[0] == row.captions[1]
 
 
-def test_figure_shows_the_map_and_probability_of_the_prediction(call, demo, one, monkeypatch):
-    rows, compose = [], cam.compose
-    monkeypatch.setattr(cam, "compose", lambda *arguments: rows.extend(arguments[2]) or compose(*arguments))
-    call("figure", "--models", one, "--data", demo, "--tile", 48)
+def test_titles_and_truth_of_photos_of_one_s_own(call, demo, one, tmp_path, seen):
+    photo = next((demo / "val" / "n03028079").glob("*"))
+    for name in ("b.jpg", "a.jpg", "._a.jpg"):
+        shutil.copy(photo, tmp_path / name)
+    (tmp_path / "album.jpg").mkdir()
+    what = ["figure", "--models", one, "--dpi", 40, "--images"]
+    assert call(*what, "*.jpg", "--titles", "one", "two", "--truth", "tench").returncode == 0
+    assert call(*what, tmp_path, "--truth", "tench", "church").returncode == 0
+    (_, titles, (row,), *_), (_, named, (other,), *_) = seen
+    said = row.captions[0].rsplit(" ", 1)[0]
+    assert titles == ["one", "two"] and row.right == [said == "tench"] * 2
+    assert named == ["tench", "church"] and other.right == [said == "tench", said == "church"]
+    assert refused(call(*what, "a.jpg", "--titles", "one", "two"), "--titles", "2", "1")
+    assert refused(call(*what, "a.jpg", "--truth", "unicorn"), "unicorn")
+    assert refused(call("figure", "--models", one, "--data", demo, "--truth", "tench"), "--images")
+    (tmp_path / "empty").mkdir()
+    assert refused(call(*what, "empty"), "empty holds no photo")
+    assert refused(call(*what, "*.gif"), "*.gif holds no photo")
+
+
+def test_figure_shows_the_map_and_probability_of_the_prediction(call, demo, one, seen):
+    call("figure", "--models", one, "--data", demo, "--dpi", 40)
     network, facts = models.load(one)
-    for i, (path, name) in enumerate(cam.one_of_each_class(demo, 0)):
-        photo = data.from_arrays([data.decode(path)])
+    ((_, titles, (row,), *_),) = seen
+    for i, (photo, name) in enumerate(zip(*cam.one_of_each_class(demo, 0, CLASSES), strict=True)):
         with torch.no_grad():
-            features = network.features(next(data.eval_batches(photo, facts["size"], 1))[0])
+            features = network.features(next(data.eval_batches(data.from_arrays([photo]), facts["size"], 1))[0])
             probability, best = network.head(features.mean((2, 3))).softmax(1).max(1)
         expected = (network.head.weight[best[0], :, None, None] * features[0]).sum(0)
-        assert torch.allclose(rows[0].maps[i], expected, atol=1e-5)
-        assert rows[0].captions[i] == f"{CLASSES[best]} {float(probability):.0%}"
-        assert rows[0].right[i] == (CLASSES[best] == name)
+        assert torch.allclose(row.maps[i], expected, atol=1e-5)
+        assert row.captions[i] == f"{CLASSES[best]} {float(probability):.0%}" and titles[i] == name
+        assert row.right[i] == (CLASSES[best] == name)
 
 
 def picture_of(kind, path):
@@ -641,39 +781,92 @@ KINDS = ["very wide.png", "very tall.jpg", "a line.png", "tiny.png", "turned.jpg
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_explain_takes_every_photo_and_shows_it_upright(call, one, tmp_path, monkeypatch, kind):
+def test_explain_takes_every_photo_and_shows_it_upright(call, one, tmp_path, blocks, kind):
     width, height = picture_of(kind, tmp_path / kind)
-    seen, compose = [], cam.compose
-    monkeypatch.setattr(cam, "compose", lambda *arguments: seen.append(arguments) or compose(*arguments))
-    result = call("explain", kind, "--model", one, "--tile", 80, "--out", "here")
+    result = call("explain", kind, "--model", one, "--dpi", 72, "--out", "here")
     assert result.returncode == 0 and result.stderr == ""
-    ((photos, titles, (row,), _),) = seen
-    assert {tuple(photo.shape) for photo in photos} == {(height, width, 3)}
-    with Image.open(tmp_path / "here" / f"{kind.split('.')[0]}-cnn.png") as picture:
-        assert picture.size == compose(photos, titles, [row], 80).size
-    for _, _, w, h, _ in places([(height, width)] * 3, titles, [row], 80):
-        assert (w, h) == pytest.approx((80 * width / max(width, height), 80 * height / max(width, height)), abs=1)
+    ((((tiles, *_),),),) = blocks
+    assert {tuple(tile.photo.shape) for tile in tiles} == {(height, width, 3)}
+    assert [tile.cells is None for tile in tiles] == [True, False, False, False]  # the photo once, then its maps
+    (picture,) = (tmp_path / "here").glob(f"{kind.split('.')[0]}-*.png")
+    with Image.open(picture) as image:
+        widths, tall = cam.lay_out([cam.Strip(tiles)], 72, cam.TALLEST)
+        assert image.width <= PAGE + 1 and sum(widths) <= image.width
+        assert image.height <= tall + 100  # as high as the photo and its texts: no empty band
+        assert tall <= max(2, 1.05 * max(widths) * height / width) or width > 2 * max(widths)
 
 
-def test_explain_shows_the_top_classes_in_order_and_the_contrast(call, demo, one, monkeypatch):
+def test_explain_shows_the_top_classes_in_order_and_the_contrast(call, demo, one, blocks):
     photo = next((demo / "val").glob("*/*.JPEG"))
-    seen, compose = [], cam.compose
-    monkeypatch.setattr(cam, "compose", lambda *arguments: seen.append(arguments) or compose(*arguments))
     a, b = CLASSES[2], CLASSES[5]
-    assert call("explain", photo, "--model", one, "--top", 4, "--contrast", a, b, "--tile", 60).returncode == 0
-    ((_, titles, (row,), _),) = seen
+    assert call("explain", photo, "--model", one, "--top", 4, "--contrast", a, b, "--dpi", 40).returncode == 0
+    ((((tiles, *_),),),) = blocks
     network, facts = models.load(one)
-    maps, logits, probabilities = cam.look(network, facts, [torch.from_numpy(data.decode(photo))])
+    maps, logits, probabilities = cam.predict_with_maps(network, facts, [torch.from_numpy(data.decode(photo))])
     order = probabilities[0].argsort(descending=True)[:4].tolist()
-    assert titles[:4] == [CLASSES[k] for k in order] and a in titles[4] and b in titles[4]
-    assert torch.equal(row.maps[:4], maps[0, order]) and torch.equal(row.maps[4], maps[0, 2] - maps[0, 5])
-    assert f"{float(probabilities[0, order[0]]):.1%}" in row.captions[0]
-    assert f"{float(logits[0, order[0]]):+.2f}" in row.captions[0]
+    for k, tile in zip(order, tiles[1:5], strict=True):
+        assert tile.above == f"{CLASSES[k]} {float(probabilities[0, k]):.1%}\nlogit {float(logits[0, k]):+.2f}"
+        assert torch.equal(tile.cells, maps[0, k])
+    assert f"{a} minus {b}" in tiles[5].above and torch.equal(tiles[5].cells, maps[0, 2] - maps[0, 5])
+
+
+def test_explain_compares_networks_row_by_row_on_their_own_scales(call, demo, one, two, tmp_path, blocks):
+    photo = next((demo / "val").glob("*/*.JPEG"))
+    assert call("explain", photo, "--model", one, "--model", two, "--dpi", 40, "--out", "both.png").returncode == 0
+    (((first, second),),) = blocks
+    assert second.tiles[0] is None and len(first.tiles) == len(second.tiles) == 4
+    assert first.scale == cam.scale_of(torch.stack([tile.cells for tile in first.tiles[1:]])) != second.scale
+    assert os.listdir(tmp_path) == ["both.png"]
+
+
+def test_explain_without_a_photo_says_so(call, one):
+    assert refused(call("explain", "--model", one), "needs a photo")
+
+
+def test_pictures_of_two_runs_of_one_architecture_have_two_names(call, demo, one, two, tmp_path):
+    photo = next((demo / "val").glob("*/*.JPEG"))
+    for model in (one, two):
+        assert call("explain", photo, "--model", model, "--dpi", 40, "--out", "new").returncode == 0
+    assert len(list((tmp_path / "new").iterdir())) == 2
+
+
+@pytest.mark.parametrize("command", ["figure", "explain"])
+def test_the_same_network_twice_is_shown_once_and_said(call, demo, one, tmp_path, seen, blocks, command):
+    photo = next((demo / "val").glob("*/*.JPEG"))
+    (tmp_path / "again.pt").symlink_to(one)
+    what = ["figure", "--images", photo, "--models", one, "again.pt"]
+    what = what if command == "figure" else ["explain", photo, "--model", one, "--model", "again.pt"]
+    result = call(*what, "--dpi", 40)
+    assert result.returncode == 0 and "again.pt is named twice" in result.stderr
+    assert sum(bool(strip.label) for strip in blocks[0][0]) == 1
+    result = call(*what, "--dpi", 40, "--looks", 32, "32,48")  # with other looks it is another network
+    assert result.returncode == 0 and result.stderr == "" and sum(bool(strip.label) for strip in blocks[1][0]) == 2
+
+
+def test_looks_are_those_of_the_command(call, demo, one, seen):
+    photo = next((demo / "val").glob("*/*.JPEG"))
+    assert call("figure", "--images", photo, "--models", one, "--looks", "48,32", "--dpi", 40).returncode == 0
+    ((_, _, (row,), *_),) = seen
+    network, facts = models.load(one, looks=[32, 48])
+    maps, *_ = cam.predict_with_maps(network, facts, [torch.from_numpy(data.decode(photo))])
+    assert (row.maps[0] == maps[0]).all((1, 2)).any() and "32, 48 px: accuracy not measured" in row.label
+    for bad in ("a", "32,", "4", "32,32", "99999"):
+        assert refused(call("figure", "--images", photo, "--models", one, "--looks", bad), "--looks", bad)
+    assert refused(call("figure", "--images", photo, "--models", one, one, one, "--looks", "32", "48"), "--looks", "3")
+
+
+def test_caption_of_a_network_says_only_what_is_known():
+    facts = facts_of(accuracy=0.8751, accuracy_n=3925)
+    assert cam.describe(facts) == f"cnn, trained from scratch, at {SIZE} px: 87.5% of 3,925 val photos right"
+    facts |= dict(accuracy_on="held-out train", looks=[64, 96])
+    assert cam.describe(facts).endswith("at 64, 96 px: 87.5% of 3,925 held-out train photos right")
+    assert cam.describe(facts | dict(accuracy_n=None)).endswith(": 87.5% of held-out train right")
+    assert cam.describe(facts | dict(accuracy=None)).endswith(": accuracy not measured")
 
 
 def test_explain_makes_a_folder_of_pictures_of_a_folder(call, demo, one, tmp_path):
     folder = demo / "val" / "n03028079"
-    assert call("explain", folder, "--model", one, "--tile", 40, "--out", "new").returncode == 0
+    assert call("explain", folder, "--model", one, "--dpi", 40, "--out", "new").returncode == 0
     assert len(list((tmp_path / "new").glob("*.png"))) == len(list(folder.glob("*.JPEG"))) == 2
 
 
@@ -681,15 +874,13 @@ def test_explain_keeps_photos_of_the_same_name_apart(call, demo, one, tmp_path):
     for i, photo in enumerate(list((demo / "val").glob("*/*.JPEG"))[:2]):
         (tmp_path / str(i)).mkdir()
         shutil.copy(photo, tmp_path / str(i) / "photo.jpg")
-    call("explain", "0/photo.jpg", "1/photo.jpg", "--model", one, "--tile", 40, "--out", "new")
+    assert call("explain", "0/photo.jpg", "1/photo.jpg", "--model", one, "--dpi", 40, "--out", "new").returncode == 0
     assert len(list((tmp_path / "new").rglob("*.png"))) == 2
 
 
-def test_gallery_shows_the_most_confident_mistakes_first(call, demo, one, monkeypatch):
-    seen, compose = [], cam.compose
-    monkeypatch.setattr(cam, "compose", lambda *arguments: seen.append(arguments) or compose(*arguments))
-    assert call("gallery", "--model", one, "--data", demo, "--count", 5, "--tile", 40).returncode == 0
-    ((photos, titles, (said, there), _),) = seen
+def test_gallery_shows_the_most_confident_mistakes_first(call, demo, one, seen):
+    assert call("gallery", "--model", one, "--data", demo, "--count", 5, "--dpi", 40).returncode == 0
+    ((photos, titles, (said, there), *_),) = seen
     (network, facts), val = models.load(one), data.load(demo, "val")
     with torch.no_grad():
         logits = torch.cat([network(images) for images, _ in data.eval_batches(val, facts["size"], 8)])
@@ -702,6 +893,79 @@ def test_gallery_shows_the_most_confident_mistakes_first(call, demo, one, monkey
 
 
 # ---------------------------------------------------------------- bad input
+
+
+def test_classes_are_compared_by_name(call, demo, one, tmp_path, seen):
+    network, facts = models.load(one)
+    network.head.weight.data, network.head.bias.data = network.head.weight.data.flip(0), network.head.bias.data.flip(0)
+    models.save(tmp_path / "turned.pt", network, **facts_of(classes=CLASSES[::-1]))
+    for model in (one, "turned.pt"):
+        assert call("figure", "--models", model, "--data", demo, "--dpi", 40, "--classes", *CLASSES).returncode == 0
+        assert call("gallery", "--model", model, "--data", demo, "--dpi", 40, "--per-class").returncode == 0
+    assert call("figure", "--models", one, "turned.pt", "--data", demo, "--dpi", 40).returncode == 0
+    figures, galleries, ((*_, rows, _, _, _, _),) = seen[0:4:2], seen[1:4:2], seen[4:]
+    assert figures[0][1] == figures[1][1] and sorted(galleries[0][1]) == sorted(galleries[1][1])
+    for here, there in [(figures[0][2][0], figures[1][2][0]), rows]:
+        assert here.captions == there.captions and here.right == there.right
+        assert torch.equal(here.maps, there.maps)
+
+
+def test_data_of_other_classes_is_refused(call, demo, tmp_path):
+    pets = checkpoint(tmp_path / "pets.pt", classes=["cat", "dog"])
+    assert refused(call("figure", "--models", pets, "--data", demo), "tench", "cat")
+    assert refused(call("gallery", "--model", pets, "--data", demo), "tench", "cat")
+
+
+@pytest.mark.parametrize("out", ["figure.jpg", "figure", "figure.svg", "folder.png"])
+@pytest.mark.parametrize("command", ["figure", "explain", "gallery"])
+def test_names_that_no_picture_can_have_are_refused_before_any_work(call, tmp_path, monkeypatch, command, out):
+    (tmp_path / "folder.png").mkdir()
+    if command == "explain" and out in ("figure", "figure.svg"):
+        return  # folders of pictures
+    monkeypatch.setattr(models, "load", lambda *_, **__: pytest.fail("work was done"))
+    what = {"figure": ["--images", "a.jpg"], "explain": ["a.jpg"], "gallery": []}[command]
+    assert refused(call(command, *what, "--out", out), out) and os.listdir(tmp_path) == ["folder.png"]
+
+
+def test_one_picture_for_two_photos_is_refused(call, demo, one):
+    photos = list((demo / "val" / "n03028079").glob("*.JPEG"))
+    assert refused(call("explain", *photos, "--model", one, "--out", "x.png"), "x.png", "2 photos")
+
+
+def test_pictures_know_their_size_on_paper(call, demo, one, tmp_path):
+    what = ["figure", "--models", one, "--data", demo, "--dpi", 100, "--out"]
+    result = call(*what, "a_b/figure.png")
+    assert "a_b/figure.png\n\\includegraphics[width=16.0cm]{a_b/figure.png}\n\\caption{" in result.stdout
+    assert "50.0\\% of val right" in result.stdout
+    with Image.open(tmp_path / "a_b/figure.png") as picture:
+        assert picture.info["dpi"] == pytest.approx((100, 100), abs=0.1)
+    assert call(*what, "figure.pdf").returncode == 0
+    written = (tmp_path / "figure.pdf").read_bytes()
+    box = [float(n) for n in re.search(rb"MediaBox \[ *([\d. ]+)\]", written)[1].split()]
+    assert written.startswith(b"%PDF") and box[2] == pytest.approx(16 / 2.54 * 72, rel=0.03)
+
+
+def test_seed_beyond_all_numbers_is_refused(call, demo, one):
+    result = call("figure", "--models", one, "--data", demo, "--seed", "99999999999999999999")
+    assert result.returncode == 2 and "--seed" in result.stderr and "Traceback" not in result.stderr
+
+
+def test_interrupt_ends_in_a_sentence(call, demo, one, monkeypatch):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cam, "predict_with_maps", interrupted)
+    result = call("figure", "--models", one, "--data", demo)
+    assert result.returncode == 130 and "interrupted" in result.stderr and result.stderr.count("cam.py: ") == 1
+
+
+def test_names_that_the_terminal_cannot_show_are_written_in_other_letters(run, demo, tmp_path, one):
+    shutil.copy(next((demo / "val").glob("*/*.JPEG")), tmp_path / "\U0001f41f.jpg")
+    what = ["cam.py", "explain", "\U0001f41f.jpg", "--model", one, "--dpi", 40]
+    environment = os.environ | {"PYTHONIOENCODING": "cp1252", "PYTHONUTF8": "0"}
+    command = [sys.executable, str(REPO / what[0]), *map(str, what[1:])]
+    result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True)
+    assert (result.returncode, result.stderr) == (0, b"") and b"\\U0001f41f" in result.stdout
 
 
 def test_missing_checkpoint_is_refused_by_the_command(run):
@@ -732,7 +996,7 @@ def test_missing_and_damaged_photos_are_refused_by_name(call, demo, one, tmp_pat
 
 def test_networks_of_different_classes_are_refused(call, demo, one, tmp_path):
     pets = checkpoint(tmp_path / "pets.pt", classes=["cat", "dog"])
-    assert refused(call("figure", "--models", one, pets, "--data", demo), "pets.pt", "other classes")
+    assert refused(call("figure", "--models", one, pets, "--data", demo), "pets.pt", "other classes", "cat", "church")
 
 
 def test_unknown_class_of_a_contrast_is_refused(call, demo, one):
@@ -745,11 +1009,11 @@ def test_output_below_a_file_is_refused(call, demo, one, tmp_path, command):
     (tmp_path / "file").write_text("here first")
     photo = next((demo / "val").glob("*/*.JPEG"))
     what = ["figure", "--models", one, "--images", photo] if command == "figure" else ["explain", photo, "--model", one]
-    assert refused(call(*what, "--tile", 40, "--out", "file/new/out.png"), "file")
+    assert refused(call(*what, "--dpi", 40, "--out", "file/new/out.png"), "file")
     assert (tmp_path / "file").read_text() == "here first" and not list(tmp_path.glob("*.part"))
 
 
-@pytest.mark.parametrize("options", [["--tile", 0], ["--tile", 1], ["--tile", -5], ["--top", 0], ["--top", -1]])
+@pytest.mark.parametrize("options", [["--dpi", 0], ["--dpi", -5], ["--dpi", 10**9], ["--top", 0], ["--top", -1]])
 def test_numbers_that_make_no_picture_are_refused(call, demo, one, options):
     photo = next((demo / "val").glob("*/*.JPEG"))
     result = call("explain", photo, "--model", one, *options)
@@ -766,7 +1030,7 @@ def test_checkpoint_whose_numbers_are_not_finite_is_refused(call, demo, one, tmp
 
 def test_full_disk_leaves_the_picture_of_before(tmp_path, monkeypatch):
     path = tmp_path / "figure.png"
-    cam.save_png(Image.new("RGB", (8, 8)), path)
+    cam.save_picture(Image.new("RGB", (8, 8)), path)
     before = path.read_bytes()
 
     def full(image, file, *rest, **options):
@@ -775,7 +1039,7 @@ def test_full_disk_leaves_the_picture_of_before(tmp_path, monkeypatch):
 
     monkeypatch.setattr(Image.Image, "save", full)
     with pytest.raises(OSError, match="No space left on device.*figure.png"):
-        cam.save_png(Image.new("RGB", (9, 9)), path)
+        cam.save_picture(Image.new("RGB", (9, 9)), path)
     assert path.read_bytes() == before and [p.name for p in tmp_path.iterdir()] == ["figure.png"]
 
 
@@ -805,7 +1069,7 @@ assert maps.shape == (2, 10, 10, 10) and pixels.shape == (2, 160, 160)
 assert torch.allclose(maps.mean((2, 3)) + network.head.bias, network.head(features.mean((2, 3))), atol=1e-5)
 photo = torch.randint(256, (160, 160, 3), dtype=torch.uint8)
 row = cam.Row("mine", maps[:, 3].detach(), ["a", "b"], [True, False])
-cam.compose([photo, photo], ["one", "two"], [row]).save("figure.png")
+cam.save_picture(cam.compose([photo, photo], ["one", "two"], [row]), "figure.png")
 """
 
 
@@ -816,6 +1080,56 @@ def test_file_works_alone_and_its_import_does_nothing(tmp_path):
     result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
     assert (tmp_path / "figure.png").exists()
+
+
+SNIPPET = """
+import torch, torchvision, cam
+from PIL import Image
+
+weights = torchvision.models.ResNet18_Weights.DEFAULT
+network, photo = torchvision.models.resnet18(weights=weights).eval(), Image.open("photo.jpg").convert("RGB")
+image = weights.transforms(resize_size=[224, 224])(photo)             # the whole photo, no part of it cut off
+features = torch.nn.Sequential(*list(network.children())[:-2])(image[None])         # all before pooling and fc
+maps = cam.class_activation_maps(features, network.fc.weight)                       # (1, 1000, 7, 7), in logits
+k = int(network(image[None]).argmax())
+row = cam.Row("ResNet-18", maps[:, k], [weights.meta["categories"][k]])
+cam.save_picture(cam.compose([photo], ["my photo"], [row]), "cam.png")              # or cam.pdf
+"""
+
+
+def test_snippet_for_a_network_of_torchvision_runs_with_this_file_alone(tmp_path):
+    lines = [line for line in SNIPPET.splitlines() if line.strip()]
+    assert len(lines) <= 12 and max(map(len, lines)) <= 120
+    shutil.copy(REPO / "cam.py", tmp_path)
+    Image.fromarray(noise_photo((90, 140)).numpy()).save(tmp_path / "photo.jpg")
+    offline = "import torchvision\nbuild = torchvision.models.resnet18\ntorchvision.models.resnet18 = lambda **_: build()\n"
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | {"OMP_NUM_THREADS": "1"}
+    result = subprocess.run([sys.executable, "-W", "error::UserWarning", "-c", offline + SNIPPET], cwd=tmp_path,
+                            env=environment, capture_output=True, text=True)
+    assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
+    with Image.open(tmp_path / "cam.png") as picture:
+        assert picture.width > 600
+    result = subprocess.run([sys.executable, "cam.py", "explain", "photo.jpg"], cwd=tmp_path, env=environment,
+                            capture_output=True, text=True)
+    assert refused(result, "data.py")
+
+
+def test_functions_take_photos_of_every_kind_and_maps_with_gradients():
+    photo = noise_photo((40, 60))
+    maps = randn(1, 3, 4).requires_grad_()
+    kinds = [photo, photo.numpy(), Image.fromarray(photo.numpy()), photo.permute(2, 0, 1), photo.float() / 255]
+    shown = [cam.overlay(kind, maps[0], 1.0) for kind in kinds]
+    pictures = [cam.compose([kind], ["a"], [cam_row(maps * 1)], dpi=40).tobytes() for kind in kinds]
+    assert all(torch.equal(shown[0], other) for other in shown) and len(set(pictures)) == 1
+    assert torch.equal(cam.as_photo(photo[..., 0]), photo[..., :1].expand(-1, -1, 3))
+    for bad in (torch.randn(40, 60, 3), torch.zeros(2, 3, 40, 60), torch.zeros(40, 60, 3, dtype=torch.int64)):
+        with pytest.raises(cam.CamError, match="a photo is"):
+            cam.as_photo(bad)
+
+
+def test_constants_follow_the_device():
+    lab = torch.zeros(2, 3, device="meta")  # a device other than the processor's, without hardware
+    assert cam.oklab_to_srgb(lab).device == lab.device == cam.lightness(torch.zeros(2, 2, 3, device="meta")).device
 
 
 def test_python_in_the_readme_runs(demo, one, tmp_path, monkeypatch):
