@@ -727,6 +727,8 @@ def figure(models, looks, folder, classes, images, titles, truth, seed, columns,
         maps, _, probabilities = predict_with_maps(network, facts, photos)
         rows.append(row_of(describe(facts), maps, facts, probabilities.argmax(1), probabilities, truth))
     legend = f"Above: {'what is there' if titles == truth else 'the photo'}; below: the prediction."
+    if len(photos) > columns:
+        print(f"{len(photos)} photos go into blocks of {columns}", file=sys.stderr)
     picture = compose(photos, titles, rows, columns, scale, legend, dpi)
     finish(picture, out, "Class activation maps, in logits, of the class that each network predicts", loaded)
 
@@ -834,7 +836,7 @@ def parse_command_line(arguments):
     add("--titles", nargs="+", help="a title for each of --images")
     add("--truth", nargs="+", help="what is there: a class for each of --images, or one for all")
     add("--seed", type=whole_number(0, 2**63 - 1), default=0, help="chooses the photos out of val")
-    add("--columns", type=whole_number(1, 20), default=10, help="photos side by side; more go on below")
+    add("--columns", type=whole_number(1, 10), default=10, help="photos side by side; more go on below")
     add = command(explain, "the top classes of any photo, or of a folder of them", "figures")
     add("photos", nargs="*", help="photos, folders or quoted patterns")
     add("--model", dest="models", action="append", help="checkpoint (runs/cnn/best.pt); repeat it to compare")
@@ -845,7 +847,7 @@ def parse_command_line(arguments):
     add("--data", dest="folder", default="data/imagenette2-160", help="folder or archive of photos in class folders")
     add("--count", type=whole_number(1, MOST_PHOTOS), default=10, help="mistakes to show")
     add("--per-class", action="store_true", help="the worst of each class, instead of the worst of all")
-    add("--columns", type=whole_number(1, 20), default=10, help="photos side by side; more go on below")
+    add("--columns", type=whole_number(1, 10), default=10, help="photos side by side; more go on below")
     named = vars(parser.parse_args(arguments))
     del named["command"]
     return named.pop("run"), named

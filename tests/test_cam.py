@@ -712,6 +712,17 @@ def test_figure_is_the_same_every_time_and_its_seed_changes_it(call, demo, one, 
         assert picture.width == pytest.approx(252, rel=0.06)  # 16 cm
 
 
+def test_more_classes_than_ten_go_into_blocks_or_are_chosen_and_it_is_said(call, demo, one, blocks, monkeypatch):
+    result = call("figure", "--models", one, "--data", demo, "--dpi", 40, "--columns", 4)
+    assert "10 photos go into blocks of 4" in result.stderr
+    assert [len(block[0].tiles) for block in blocks[0]] == [4, 4, 2]
+    assert len({block[1].scale for block in blocks[0]}) == 1  # one scale across the blocks
+    monkeypatch.setattr(cam, "MOST_CLASSES", 3)
+    result = call("figure", "--models", one, "--data", demo, "--dpi", 40)
+    assert "3 of 10 classes are shown" in result.stderr and len(blocks[1][0][0].tiles) == 3
+    assert call("figure", "--models", one, "--data", demo, "--columns", 11).returncode == 2
+
+
 def test_figure_of_photos_of_one_s_own(call, demo, one, tmp_path, seen):
     known = next((demo / "val" / "n03028079").glob("*"))
     shutil.copy(known, tmp_path / "mine.jpg")
