@@ -132,19 +132,21 @@ def overlay(photo, cells, scale):
 
 
 def outline(picture, cells, width=1.0, rim=2.4):
-    """A line around the region above half of the map's maximum ("focus" in score.py), on a picture (H, W, 3).
+    """A line around the region above half of the map's maximum ("focus" in score.py), on a picture (H, W, 3) uint8.
 
-    Dark, `width` px, in a light rim, `rim` px, to show on everything. Where f = map - maximum / 2, the line is f = 0,
-    and a pixel's distance from it is |f| / |gradient of f| to first order. A map that is nowhere positive has
-    no such region. Returns a new picture.
+    Dark, `width` px, in a light rim, `rim` px, to show on everything. With f = map - maximum / 2 the region ends where
+    f = 0, and a pixel lies |f| / |gradient of f| from there, to first order. A map that is nowhere positive has no such
+    region. Returns a new picture.
     """
     f = upsample(as_map(cells)[None], picture.shape[:2])[0]  # (H, W)
     if f.max() <= 0:
         return picture
+    inside, reach = f > f.max() / 2, math.ceil((rim + 1) / 2)
+    near = [F.max_pool2d(side[None, None].float(), 2 * reach + 1, 1, reach)[0, 0] > 0 for side in (inside, ~inside)]
     f = f - f.max() / 2
     steps = [f.diff(dim=d, prepend=f.narrow(d, 0, 1), append=f.narrow(d, -1, 1)).abs() for d in (0, 1)]
     slope = torch.hypot(steps[0][1:].maximum(steps[0][:-1]), steps[1][:, 1:].maximum(steps[1][:, :-1]))
-    distance = f.abs() / slope.clamp(min=1e-12)
+    distance = torch.where(near[0] & near[1], f.abs() / slope.clamp(min=1e-12), torch.inf)
     shown = picture.float()
     for ink, across in ((255.0, rim), (20.0, width)):
         cover = ((across + 1) / 2 - distance).clamp(0, 1)[..., None]  # of the pixel by the line
@@ -371,11 +373,11 @@ def draw_strip(strip, widths, height, page, pen):
 
 
 def side_by_side(photos, words, room, tallest):
-    """The widths of the columns and the one height (px) of photos that stand on a line of `room` px: the largest
-    at which they fit. words: px that each column needs for its longest word, of which no column gets more than its part."""
+    """The widths of the columns and the one height (px) of photos that stand on a line of `room` px: the largest at
+    which they fit. words: px that the columns need for their longest words; none gets more than its part."""
     aspects = [photo.shape[1] / photo.shape[0] for photo in photos]
-    widest = 2 * median(aspects)
-    words = [min(word, room // len(photos)) for word in words]
+    part = room // len(photos)
+    widest, words = min(2 * median(aspects), part), [min(word, part) for word in words]
 
     def widths(height):
         return [math.ceil(max(min(aspect, widest) * height, word)) for aspect, word in zip(aspects, words, strict=True)]
@@ -553,7 +555,7 @@ def finish(picture, path, what, loaded):
 def add_looks_option(parser):
     """Add --looks, for `parse_looks`."""
     parser.add_argument("--looks", nargs="+", metavar="SIZES", help="sizes in px at which networks look at a photo, "
-                        "averaged: 224,320, one list for all or one per checkpoint (default: each checkpoint's own)")
+                        "averaged: 224,320, one list for all or one per checkpoint; without it, their own")
 
 
 def parse_looks(texts):
@@ -725,6 +727,8 @@ def figure(models, looks, folder, classes, images, titles, truth, seed, columns,
         maps, _, probabilities = predict_with_maps(network, facts, photos)
         rows.append(row_of(describe(facts), maps, facts, probabilities.argmax(1), probabilities, truth))
     legend = f"Above: {'what is there' if titles == truth else 'the photo'}; below: the prediction."
+    if len(photos) > columns:
+        print(f"{len(photos)} photos go into blocks of {columns}", file=sys.stderr)
     picture = compose(photos, titles, rows, columns, scale, legend, dpi)
     finish(picture, out, "Class activation maps, in logits, of the class that each network predicts", loaded)
 
@@ -753,6 +757,8 @@ def explain(photos, models, looks, top, contrast, scale, dpi, out):
     paths, named = photo_files(photos), Path(out).suffix.lower() in {".pdf", *Image.registered_extensions()}
     if named and len(paths) > 1:
         raise CamError(f"{out} is one picture for {len(paths)} photos: name a folder with --out")
+    if named:
+        check_picture_name(out)
     loaded, runs = load_once(models or ["runs/cnn/best.pt"], looks)
     check_classes(contrast or (), loaded[0][1]["classes"])
     outs = [Path(out) if named else Path(out) / f"{path.stem}-{runs}.png" for path in paths]
@@ -830,10 +836,10 @@ def parse_command_line(arguments):
     add("--titles", nargs="+", help="a title for each of --images")
     add("--truth", nargs="+", help="what is there: a class for each of --images, or one for all")
     add("--seed", type=whole_number(0, 2**63 - 1), default=0, help="chooses the photos out of val")
-    add("--columns", type=whole_number(1, 20), default=10, help="photos side by side; more go on below")
+    add("--columns", type=whole_number(1, 10), default=10, help="photos side by side; more go on below")
     add = command(explain, "the top classes of any photo, or of a folder of them", "figures")
     add("photos", nargs="*", help="photos, folders or quoted patterns")
-    add("--model", dest="models", action="append", help="checkpoint; repeat it to compare")
+    add("--model", dest="models", action="append", help="checkpoint (runs/cnn/best.pt); repeat it to compare")
     add("--top", type=whole_number(1, 10), default=3, help="classes to show")
     add("--contrast", nargs=2, metavar=("A", "B"), help="two classes: also show what speaks for A and against B")
     add = command(gallery, "the most confident mistakes on val", "figures/gallery.png")
@@ -841,7 +847,7 @@ def parse_command_line(arguments):
     add("--data", dest="folder", default="data/imagenette2-160", help="folder or archive of photos in class folders")
     add("--count", type=whole_number(1, MOST_PHOTOS), default=10, help="mistakes to show")
     add("--per-class", action="store_true", help="the worst of each class, instead of the worst of all")
-    add("--columns", type=whole_number(1, 20), default=10, help="photos side by side; more go on below")
+    add("--columns", type=whole_number(1, 10), default=10, help="photos side by side; more go on below")
     named = vars(parser.parse_args(arguments))
     del named["command"]
     return named.pop("run"), named
