@@ -695,7 +695,7 @@ def given_photos(images, titles, truth, known):
     if truth:
         truth = check_classes(truth, known) * (len(paths) if len(truth) == 1 else 1)
     else:
-        folders = [data.CLASSES.get(path.parent.name, path.parent.name) for path in map(Path.resolve, paths)]
+        folders = [data.WORDS.get(path.parent.name, path.parent.name) for path in map(Path.resolve, paths)]
         truth = [name if name in known else None for name in folders]
     titles = titles or [name or path.stem for path, name in zip(paths, truth, strict=True)]
     return [torch.from_numpy(data.decode(path)) for path in paths], titles, truth

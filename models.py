@@ -297,7 +297,10 @@ def read(path):
     """The contents of a file of tensors and plain types; anything that would run code is refused."""
     if not Path(path).is_file():
         what = "is a folder" if Path(path).is_dir() else "does not exist"
-        raise ModelError(f"{path} {what}: name a file that is there (`make train-cnn` writes runs/cnn/best.pt)")
+        run = Path(path).parent.name
+        command = f"make finetune ARCH={run}" if run in torchvision_models.list_models() else "make train-cnn"
+        of = run if command.endswith(run) else "cnn"
+        raise ModelError(f"{path} {what}: name a file that is there (`{command}` writes runs/{of}/best.pt)")
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a stranger's file fails in as many ways as there are files

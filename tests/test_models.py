@@ -482,6 +482,12 @@ def test_a_missing_checkpoint_is_refused(tmp_path, place):
     assert refused([tmp_path / place, "make train-cnn"], models.load, tmp_path / place)
 
 
+@pytest.mark.parametrize(("run", "command"), [
+    ("cnn", "`make train-cnn`"), ("resnet18", "`make finetune ARCH=resnet18` writes runs/resnet18/best.pt")])
+def test_a_missing_checkpoint_advises_the_command_that_makes_it(tmp_path, run, command):
+    assert refused([command], models.load, tmp_path / "runs" / run / "best.pt")
+
+
 def test_a_full_disk_keeps_the_older_checkpoint(checkpoint, monkeypatch):
     path, network, facts = checkpoint
     before = path.read_bytes()

@@ -263,7 +263,7 @@ def test_a_disk_full_of_photos_keeps_the_folder_before(run, fresh, tmp_path):
 
 def test_a_disk_full_of_pictures_keeps_the_figure_before(run, whole, demo, tmp_path):
     (tmp_path / "figure.png").write_bytes(b"the figure before")
-    command = ["figure", "--models", whole / "cnn" / "best.pt", "--data", demo, "--out", "figure.png", "--tile", 48]
+    command = ["figure", "--models", whole / "cnn" / "best.pt", "--data", demo, "--out", "figure.png", "--dpi", 72]
     assert refused(run("cam.py", *command, **full(5000)), "too large", "figure.png")
     assert (tmp_path / "figure.png").read_bytes() == b"the figure before" and os.listdir(tmp_path) == ["figure.png"]
 
@@ -298,7 +298,7 @@ def test_a_file_of_weights_runs_no_code(call, demo, tmp_path, command):
     assert (tmp_path / "sprung").exists()  # it was a trap
 
 
-@pytest.mark.parametrize("fact", ["arch", "classes", "state", "size", "settings", "accuracy"])
+@pytest.mark.parametrize("fact", ["arch", "classes", "state", "looks", "settings", "how"])
 def test_a_checkpoint_without_a_fact_is_refused(call, whole, tmp_path, fact):
     contents = models.read(whole / "cnn" / "best.pt")
     del contents[fact]
@@ -389,7 +389,7 @@ def test_a_damaged_photo_is_explained_or_refused(call, whole, tmp_path):
     for number, raw in enumerate(mutations(20, seed=1)):
         path = tmp_path / f"{number}.jpg"
         path.write_bytes(raw)
-        result = call(cam, "explain", path, "--model", whole / "cnn" / "best.pt", "--tile", 32)
+        result = call(cam, "explain", path, "--model", whole / "cnn" / "best.pt", "--dpi", 72)
         assert result.returncode == 0 or refused(result, path)
         assert (tmp_path / "figures" / f"{number}-cnn.png").exists() == (result.returncode == 0)
         statuses.append(result.returncode)
