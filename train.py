@@ -591,6 +591,8 @@ def train(recipe, options):
     models.keep_memory()
     device = choose_device(options.device)
     precision = choose_precision(device)
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high")  # TF32 for the products that stay in float32
     if WORLD > 1:
         nccl = device.type == "cuda" and torch.distributed.is_nccl_available()  # not on Windows
         torch.distributed.init_process_group("nccl" if nccl else "gloo")

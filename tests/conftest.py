@@ -5,11 +5,15 @@ import os
 import subprocess
 import sys
 import threading
+from dataclasses import replace
 from pathlib import Path
 
 import demo as drawing
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 REPO = Path(__file__).resolve().parent.parent
 torch.set_num_threads(1)  # small tensors gain nothing from more, and threads that wait for each other lose a lot
@@ -68,3 +72,38 @@ assert torch.equal(torch.get_rng_state(), state), "a seed at import"
 assert not torch.cuda.is_initialized(), "a device at import"
 project = ({{"data", "models", "train", "cam", "score", "demo", "conftest"}} - {{"{module}"}}) & set(sys.modules)
 """
+
+
+class FakeDevice(TorchDispatchMode):
+    """Tensors on "cuda" are fake: they have a shape and no numbers. What asks one for a number raises, as it would
+    wait for the device; so does a copy that waits, in either direction. All else happens as always."""
+
+    copies = 0  # to the device
+    watches = True  # a network may be made on the device while it looks away
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        leaves = tree_leaves((args, kwargs))
+        fake = any(isinstance(leaf, FakeTensor) for leaf in leaves)
+        target = next((leaf for leaf in leaves if isinstance(leaf, torch.device)), None)
+        if func is torch.ops.aten._to_copy.default and target is not None and self.watches:
+            if target.type == "cuda" and not fake:
+                assert kwargs.get("non_blocking"), "a copy to the device that waits for it"
+                self.copies += 1
+            assert not (fake and target.type == "cpu"), "a copy from the device"
+        real = not fake and (target is None or target.type != "cuda")
+        with unset_fake_temporarily() if real else contextlib.nullcontext():
+            return func(*args, **kwargs)
+
+
+@pytest.fixture
+def fake_device(monkeypatch):
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor)  # there is no driver to pin for
+    with FakeTensorMode(allow_non_fake_inputs=True), FakeDevice() as device:
+        yield device
+
+
+def on_fake_cuda(photos, moved=True):
+    """Photos that fit on the fake device, or, moved=False, do not."""
+    pixels = torch.empty_like(photos.pixels, device="cuda") if moved else photos.pixels
+    return replace(photos, pixels=pixels, device=torch.device("cuda"))

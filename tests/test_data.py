@@ -1,6 +1,5 @@
 """data.py against Pillow, against torchvision's ImageFolder, and against all that can be wrong with its input."""
 
-import contextlib
 import gzip
 import hashlib
 import http.server
@@ -23,11 +22,8 @@ import numpy as np
 import pytest
 import torch
 import torchvision
-from conftest import REPO, import_alone, refused, serving
+from conftest import REPO, import_alone, on_fake_cuda, refused, serving
 from PIL import Image, ImageFile
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 import data
 
@@ -349,40 +345,6 @@ def test_one_large_photo_among_small_ones_does_not_fill_the_memory():
 
 
 # ---------------------------------------------------------------- devices, of which none is here
-
-
-class FakeDevice(TorchDispatchMode):
-    """Tensors on "cuda" are fake: they have a shape and no numbers. What asks one for a number raises, as it would
-    wait for the device; so does a copy that waits, in either direction. All else happens as always."""
-
-    copies = 0  # to the device
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        leaves = tree_leaves((args, kwargs))
-        fake = any(isinstance(leaf, FakeTensor) for leaf in leaves)
-        target = next((leaf for leaf in leaves if isinstance(leaf, torch.device)), None)
-        if func is torch.ops.aten._to_copy.default and target is not None:
-            if target.type == "cuda" and not fake:
-                assert kwargs.get("non_blocking"), "a copy to the device that waits for it"
-                self.copies += 1
-            assert not (fake and target.type == "cpu"), "a copy from the device"
-        real = not fake and (target is None or target.type != "cuda")
-        with unset_fake_temporarily() if real else contextlib.nullcontext():
-            return func(*args, **kwargs)
-
-
-@pytest.fixture
-def fake_device(monkeypatch):
-    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor)  # there is no driver to pin for
-    with FakeTensorMode(allow_non_fake_inputs=True), FakeDevice() as device:
-        yield device
-
-
-def on_fake_cuda(photos, moved=True):
-    """Photos that fit on the fake device, or, moved=False, do not."""
-    pixels = torch.empty_like(photos.pixels, device="cuda") if moved else photos.pixels
-    return replace(photos, pixels=pixels, device=torch.device("cuda"))
 
 
 @pytest.mark.parametrize("moved", [True, False])

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import REPO, refused
+from conftest import REPO, on_fake_cuda, refused
 from PIL import Image, ImageDraw
 from torch import nn
 
@@ -331,6 +331,26 @@ def test_cuda_is_refused_where_there_is_none_and_auto_does_without():
     with pytest.raises(train.TrainError, match="no device 'cuda'"):
         train.choose_device("cuda")
     assert train.choose_device("auto").type in ("cpu", "mps")
+
+
+@pytest.mark.filterwarnings("ignore:CUDA is not available")
+@torch.no_grad()
+def test_passes_and_steps_ask_the_device_for_nothing(fake_device):
+    """All of an epoch on CUDA but the backward pass, which no fake tensor can go: a number that is asked for raises."""
+    photos = on_fake_cuda(data.from_arrays([torch.zeros(20, 24, 3, dtype=torch.uint8)] * 8, torch.arange(8)))
+    precision = train.Precision(torch.bfloat16, False, torch.channels_last)
+    fake_device.watches = False
+    with torch.device("cuda"):
+        network = models.cnn()
+    fake_device.watches = True
+    totals = train.evaluate(network, data.eval_batches(photos, 16, 4), precision, 10)
+    assert totals.device.type == "cuda" and totals.shape == (3, 10)
+
+    optimizer = train.Muon(network, 0.1, 0.05, dtype=precision.products)
+    for p in network.parameters():
+        p.grad = torch.empty_like(p)
+    optimizer.step()
+    assert {state["velocity"].device.type for state in optimizer.state.values()} == {"cuda"}
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
