@@ -636,6 +636,8 @@ def run(folder, recipe, network, photos, val, device, precision, dry_run):
         rows = state["rows"]
     else:
         if RANK == 0:
+            for part in folder.glob("*.part"):  # of a run that was killed, for this one holds the lock
+                part.unlink(missing_ok=True)
             here = dict(device=device.type, precision=precision.name, torch=torch.__version__,
                         threads=torch.get_num_threads(), processes=WORLD)
             write_text(folder / "config.json", json.dumps(settings | here, indent=1))
