@@ -169,6 +169,12 @@ def scale_of(maps):
     return Scale(end, bool(maps.min() < -end), bool(maps.max() > end))
 
 
+def own_scale(cells):
+    """The scale of a map that shares it with no other, for its caption."""
+    end = scale_of(cells).end
+    return f" ±{signed(end, end)[1:]}"
+
+
 # ---------------------------------------------------------------- pictures
 
 
@@ -440,8 +446,7 @@ def compose(photos, titles, rows, columns=10, scale="row", legend="", dpi=300):
         for row in rows:
             tiles = []
             for i in part:
-                end = scale_of(row.maps[i]).end
-                own = f" ±{signed(end, end)[1:]}" if scale == "photo" else ""
+                own = own_scale(row.maps[i]) if scale == "photo" else ""
                 wrong = row.right is not None and row.right[i] is False
                 tiles.append(Tile(photos[i], row.maps[i], "", printable(row.captions[i]) + own, wrong))
             blocks[-1].append(Strip(tiles, row.label, scale_of(row.maps) if scale == "row" else None))
@@ -544,7 +549,8 @@ def finish(picture, path, what, loaded):
     """Write a picture, and print how LaTeX includes it under a caption that says `what` it shows, of which networks."""
     save_picture(picture, path)
     caption = f"{what}: {'; '.join(describe(facts) for _, facts in loaded)}."
-    caption = "".join(f"\\{sign}" if sign in "&%$#_{}" else sign for sign in caption)
+    special = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
+    caption = "".join(special.get(c, f"\\{c}" if c in "&%$#_{}" else c) for c in caption)
     width = picture.width / picture.info["dpi"][0] * 2.54
     print(f"{path}\n\\includegraphics[width={width:.1f}cm]{{{Path(path).as_posix()}}}\n\\caption{{{caption}}}")
 
@@ -646,16 +652,20 @@ def one_of_each_class(folder, seed, known, wanted=None):
         names = [known[k] for k in torch.randperm(len(known), generator=generator)[:MOST_CLASSES].sort().values]
         print(f"{len(names)} of {len(known)} classes are shown: --classes or --seed chooses others", file=sys.stderr)
     photos = []
-    for name in names:
+    there = [name for name in names if (val.labels == known.index(name)).any()]
+    if lacking := [name for name in names if name not in there]:
+        if wanted:
+            raise CamError(f"{folder} has no val photo of {lacking[0]}: choose others with --classes")
+        print(f"not shown, for there is no val photo: {', '.join(lacking)}", file=sys.stderr)
+    for name in there:
         of_class = (val.labels == known.index(name)).nonzero()[:, 0]
-        if not len(of_class):
-            raise CamError(f"{folder} has no val photo of {name}: choose others with --classes")
         photos.append(val[int(of_class[torch.randint(len(of_class), (), generator=generator)])])
-    return photos, names
+    return photos, there
 
 
 def check_classes(names, known):
-    """`names`, all of which are among the classes `known`, or a CamError."""
+    """`names`, all of which are among the classes `known`, or a CamError. However a keyboard writes accents."""
+    names = [unicodedata.normalize("NFC", name) for name in names]
     for name in names:
         if name not in known:
             some = ", ".join(known[:20]) + (", ..." if len(known) > 20 else "")
@@ -713,6 +723,8 @@ def row_of(label, maps, facts, labels, probabilities, truth):
 def figure(models, looks, folder, classes, images, titles, truth, seed, columns, scale, dpi, out):
     """Photos in the first row, and under them a row of maps for each network, of the class it predicts."""
     check_picture_name(out)
+    if images and classes:
+        raise CamError("--classes chooses among the photos of val, and --images names your own: leave one out")
     if not images and (titles or truth):
         raise CamError("--titles and --truth are for photos of your own: name them with --images")
     loaded, _ = load_once(models, looks)
@@ -760,10 +772,14 @@ def explain(photos, models, looks, top, contrast, scale, dpi, out):
     if named:
         check_picture_name(out)
     loaded, runs = load_once(models or ["runs/cnn/best.pt"], looks)
-    check_classes(contrast or (), loaded[0][1]["classes"])
-    outs = [Path(out) if named else Path(out) / f"{path.stem}-{runs}.png" for path in paths]
+    if len(set(check_classes(contrast or (), loaded[0][1]["classes"]))) == 1:
+        raise CamError(f"--contrast {contrast[0]} with itself shows nothing: name two classes")
+    outs = [Path(out) if named else Path(out) / f"{path.stem[:100]}-{runs}.png" for path in paths]
     for i, target in enumerate(outs):  # photos of the same name from several folders
-        outs[i] = target.with_stem(f"{target.stem}-{outs[:i].count(target) + 1}") if target in outs[:i] else target
+        number = 1
+        while outs[i] in outs[:i]:
+            number += 1
+            outs[i] = target.with_stem(f"{target.stem}-{number}")
         check_picture_name(outs[i])
     for path, target in zip(paths, outs, strict=True):
         photo, block = torch.from_numpy(data.decode(path)), []
@@ -771,6 +787,7 @@ def explain(photos, models, looks, top, contrast, scale, dpi, out):
             tiles = top_tiles(network, facts, photo, top, contrast)
             first = None if block else Tile(photo, above=printable(path.stem))
             shared = scale_of(torch.stack([tile.cells for tile in tiles])) if scale == "row" else None
+            tiles = tiles if shared else [tile._replace(above=tile.above + own_scale(tile.cells)) for tile in tiles]
             block.append(Strip([first, *tiles], describe(facts), shared))
         finish(draw([block], "", dpi), target, f"Class activation maps, in logits, of {path.name}", loaded)
 

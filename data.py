@@ -17,19 +17,24 @@ A crop is a box in pixels, and cropping, resizing and mirroring a whole batch is
 """
 
 import argparse
+import bz2
 import contextlib
+import errno
 import glob
 import gzip
 import hashlib
 import http.client
 import io
 import json
+import lzma
 import os
+import re
 import shutil
 import stat
 import sys
 import tarfile
 import time
+import unicodedata
 import urllib.error
 import urllib.request
 import zipfile
@@ -41,7 +46,7 @@ from pathlib import Path, PureWindowsPath
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 try:
     import fcntl
@@ -185,7 +190,7 @@ def download(url, target, size, md5, tries=6, timeout=30):
 
 
 def members(archive):
-    """All that a .zip, .tar or .tgz holds, from first to last: (name, bytes, open file, or None for a folder)."""
+    """All that a .zip or a .tar, compressed or not, holds: (name, bytes, open file, or None for a folder)."""
     with open(archive, "rb") as file:
         magic = file.read(2)
         file.seek(0)
@@ -196,7 +201,8 @@ def members(archive):
                         raise DataError(f"{archive} holds a link or a device ({info.filename}): not unpacked")
                     yield info.filename, info.file_size, None if info.is_dir() else archive_file.open(info)
             return
-        stream = gzip.open(file) if magic == b"\x1f\x8b" else file
+        packing = {b"\x1f\x8b": gzip, b"BZ": bz2, b"\xfd7": lzma}.get(magic)
+        stream = packing.open(file) if packing else file
         with tarfile.open(fileobj=stream, mode="r|") as tar:
             for info in tar:
                 if not (info.isfile() or info.isdir()):
@@ -221,7 +227,7 @@ def unpack(archive, folder):
             raise DataError(f"{archive} would write outside its folder ({name}): not unpacked")
         if "__MACOSX" in inside.parts:  # a Mac's notes on each file
             continue
-        target = folder / name
+        target = folder.joinpath(*inside.parts)
         (target.parent if file else target).mkdir(parents=True, exist_ok=True)
         if file:
             with file, open(target, "wb") as copy:
@@ -238,8 +244,11 @@ def extract(archive, folder, stamp):
     try:
         temporary.mkdir()
         files = unpack(archive, temporary)
-        inside = [p for p in temporary.glob("*") if not p.name.startswith(".")]
-        top = inside[0] if len(inside) == 1 and inside[0].is_dir() else temporary
+        top = temporary
+        while len(inside := [p for p in top.iterdir() if p.is_dir() and not p.name.startswith(".")]) == 1:
+            if inside[0].name.lower() == "train":
+                break
+            top = inside[0]  # a folder around all the others
         try:
             check(top)
         except DataError as error:
@@ -248,8 +257,11 @@ def extract(archive, folder, stamp):
         if os.path.lexists(folder):
             shutil.rmtree(folder)
         os.replace(top, folder)
-    except (EOFError, zlib.error, gzip.BadGzipFile, tarfile.TarError, zipfile.BadZipFile, OverflowError, RuntimeError,
-            IsADirectoryError, NotADirectoryError, FileExistsError) as error:  # RuntimeError: zip, encrypted or unusual
+    except (EOFError, zlib.error, lzma.LZMAError, tarfile.TarError, zipfile.BadZipFile, OverflowError, RuntimeError,
+            OSError) as error:  # RuntimeError: zip, encrypted or unusual
+        damage = (IsADirectoryError, NotADirectoryError, FileExistsError, gzip.BadGzipFile)
+        if isinstance(error, OSError) and not (isinstance(error, damage) or error.errno in (None, errno.EINVAL)):
+            raise  # of the disk, not of the archive
         raise DataError(f"{archive} is cut short, damaged or no .tgz, .tar or .zip that can be read ({error}): nothing "
                         "was unpacked; get it again") from error
     finally:
@@ -269,11 +281,11 @@ def scan(folder):
     """{class folder: [path of a photo, ...]}, both sorted, and the suffixes of what lies there and is no photo."""
     classes, others = {}, []
     for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
-        if entry.is_dir() and not entry.name.startswith("."):
+        if os.path.isdir(entry.path) and not entry.name.startswith("."):  # of a link that loops it says no
             photos = classes[entry.name] = []
             for file in os.scandir(entry.path):
                 suffix = os.path.splitext(file.name)[1].lower()
-                is_photo = suffix in SUFFIXES and not file.name.startswith(".") and file.is_file()
+                is_photo = suffix in SUFFIXES and not file.name.startswith(".") and os.path.isfile(file.path)
                 photos.append(file.path) if is_photo else others.append(suffix)
             photos.sort()
     return classes, others
@@ -281,7 +293,7 @@ def scan(folder):
 
 def set_aside(paths):
     """The photos of a class: those to train on, those to validate on. A hash of "class/name" decides, so that photos
-    that are added move no other across."""
+    that are added move no other across, but where a class is so small that its one val photo had to be chosen."""
 
     def share(path):
         name = "/".join(Path(path).parts[-2:])
@@ -302,9 +314,9 @@ def check(folder):
     which a share is set aside for "val". Raises DataError where that is not so.
     """
     folder, remarks = Path(folder), []
-    here = {p.name for p in folder.iterdir() if p.is_dir()} if folder.is_dir() else set()
-    top = folder / "train" if "train" in here else folder
-    beside = next((folder / name for name in VAL_NAMES if name in here), None)
+    here = {p.name.lower(): p for p in folder.iterdir() if os.path.isdir(p)} if folder.is_dir() else {}
+    top = here.get("train", folder)
+    beside = next((here[name] for name in VAL_NAMES if name in here), None)
     if beside and top == folder:
         raise DataError(f"{folder / 'train'} is missing, beside {beside.name}/: it holds a folder of photos per class")
     train, others = scan(top) if here else ({}, [])
@@ -344,7 +356,7 @@ def prepare(source=None, root="data"):
     source: a folder; an archive, unpacked under `root`; or None, the public ImageNette, downloaded there.
     Raises DataError with a sentence for the user.
     """
-    root = Path(root)
+    root = Path(root).expanduser()
     folder = root / "imagenette2-160"
     if source is None and not folder.exists():
         source = root / Path(URL).name
@@ -352,12 +364,13 @@ def prepare(source=None, root="data"):
         with lock(source):
             if not source.exists():
                 download(URL, source, ARCHIVE_BYTES, ARCHIVE_MD5)
-    source = folder if source is None else Path(source)
+    source = folder if source is None else Path(source).expanduser()
     if not source.exists():
         raise DataError(f"{source} does not exist: `python data.py` downloads ImageNette, or name a folder or an "
                         "archive that is there (DATA= for make, --data for the scripts)")
     if source.is_file():
-        folder = root / source.name.removesuffix(".gz").removesuffix(".tar").removesuffix(".tgz").removesuffix(".zip")
+        name = re.sub(r"(\.(tgz|tar|zip|tar\.\w+))?$", "", source.name, count=1, flags=re.IGNORECASE)
+        folder = root / (name if name != source.name else f"{name}-unpacked")
         stamp, status = folder / STAMP, source.stat()
         identity = json.dumps({"name": source.name, "bytes": status.st_size, "mtime": status.st_mtime_ns})
         root.mkdir(parents=True, exist_ok=True)
@@ -401,6 +414,9 @@ def decode(file, name=None, side=None):
                 image.draft(None, reduced(image.size, side))
             image.load()
             image = ImageOps.exif_transpose(image)
+            if image.mode == "F":  # floats, from 0 to 1 or to 255
+                image = np.nan_to_num(np.asarray(image))
+                image = Image.fromarray((image * (255 if image.max() <= 1 else 1)).clip(0, 255).astype(np.uint8))
             if image.mode.startswith("I"):  # 16 bits a channel
                 image = Image.fromarray((np.asarray(image).clip(0, 65535) // 257).astype(np.uint8))
             if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
@@ -412,6 +428,8 @@ def decode(file, name=None, side=None):
             return np.array(image)
     except Exception as error:  # Pillow's decoders raise nearly every type there is on a damaged file
         name, text = name or file, str(error) or type(error).__name__
+        if isinstance(error, UnidentifiedImageError):
+            text = "it holds no picture" if raw else "it is empty"
         if isinstance(error, FileNotFoundError):
             raise DataError(f"{name} does not exist: name a photo that is there") from error
         if raw[4:8] == b"ftyp" or Path(str(name)).suffix.lower() in UNREAD:  # whatever a phone calls it
@@ -512,7 +530,9 @@ def load(folder, split, skip_bad=False, side=None):
     packed = pixels_path(folder, split)
     with lock(packed):
         index = read_index(packed) or {}
-        side, skip_bad = side or index.get("side", SHORT_SIDE), skip_bad or index.get("skip_bad", False)
+        other = pixels_path(folder, "val" if split == "train" else "train")
+        stored = index or read_index(other) or {}  # a split alone may be gone
+        side, skip_bad = side or stored.get("side", SHORT_SIDE), skip_bad or stored.get("skip_bad", False)
         wanted = {"key": key, "side": side}
         if not wanted.items() <= index.items():
             try:
@@ -526,7 +546,7 @@ def load(folder, split, skip_bad=False, side=None):
     pixels = torch.from_numpy(np.memmap(packed, np.uint8, "c", shape=(index["pixels"], 3)))  # "c": never written back
     height, width = torch.tensor(index["sizes"]).T.contiguous()
     start = torch.cumsum(height * width, 0) - height * width
-    shown = [WORDS.get(name, name) for name in classes]
+    shown = [unicodedata.normalize("NFC", WORDS.get(name, name)) for name in classes]  # Macs write accents apart
     return Photos(pixels, start, height, width, torch.tensor(index["labels"]), index["names"],
                   shown if len(set(shown)) == len(shown) else classes, index["digests"])
 

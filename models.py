@@ -297,12 +297,15 @@ def read(path):
     """The contents of a file of tensors and plain types; anything that would run code is refused."""
     if not Path(path).is_file():
         what = "is a folder" if Path(path).is_dir() else "does not exist"
-        run = Path(path).parent.name
-        command = f"make finetune ARCH={run}" if run in torchvision_models.list_models() else "make train-cnn"
-        of = run if command.endswith(run) else "cnn"
-        raise ModelError(f"{path} {what}: name a file that is there (`{command}` writes runs/{of}/best.pt)")
+        run, hint = Path(path).parent.name, ""
+        if Path(path).name == "best.pt":
+            known = run in torchvision_models.list_models()
+            hint = f" (`make {f'finetune ARCH={run}' if known else 'train-cnn'}` makes one)"
+        raise ModelError(f"{path} {what}{hint}: name a file that is there")
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
+    except PermissionError:
+        raise
     except Exception as error:  # a stranger's file fails in as many ways as there are files
         raise ModelError(f"{path} is no file of weights, is damaged, or holds more than tensors and plain types: "
                          "name another") from error

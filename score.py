@@ -22,6 +22,7 @@ import os
 import re
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
@@ -65,9 +66,9 @@ def accuracy_interval(correct, n):
 def share_interval(share, variance, n):
     """Wilson's interval for a share that is known with `variance`: that of as many photos as have this variance when
     each is right or wrong, share (1 - share) / variance (the effective sample size of Kish 1965); of n at 0 and 1."""
-    if 0 < share < 1 and variance < 1e-15:  # a constant
+    if variance < 1e-15 and 0 < share < 1 and n >= 10:  # a constant; a few equal values may be chance
         return share, share, share
-    effective = share * (1 - share) / variance if 0 < share < 1 else n
+    effective = share * (1 - share) / variance if 0 < share < 1 and variance >= 1e-15 else n
     return accuracy_interval(share * effective, effective)
 
 
@@ -86,7 +87,10 @@ def mean_interval(values, variance=0.0):
     variance = max(variance, float(per_photo.var(correction=0)) / n)
     if seeds > 1:
         variance += float(values.mean(1).var()) / seeds * (T / Z) ** 2
-    return Estimate(*share_interval(float(per_photo.mean()), variance, n), n, per_photo)
+    value = float(per_photo.mean())
+    if n == 1 and 0 < value < 1:  # of which no spread is known
+        return Estimate(value, None, None, n, per_photo)
+    return Estimate(*share_interval(value, variance, n), n, per_photo)
 
 
 def class_mean_interval(correct, labels):
@@ -103,6 +107,8 @@ def class_mean_interval(correct, labels):
 def difference(a, b):
     """The `Estimate` of a - b, two of the same photos: their intervals' arms combined as the sides of a triangle, by
     the correlation of the photos' values (Newcombe 1998, method 8), so that it holds near 0 and 1 too."""
+    if a.n < 2:
+        return Estimate(a.value - b.value, None, None, a.n)
     both = torch.stack([a.per_photo, b.per_photo])
     correlation = float(torch.corrcoef(both)[0, 1].nan_to_num())  # NaN: one is constant
 
@@ -649,9 +655,12 @@ def load_boxes(folder, named, val):
     ""). named: the folder of boxes that the user names, or None: the data's own, if it has some."""
     import data
 
-    source, boxes, train = Path(named or folder), {}, val.subset(torch.arange(0))
+    source, boxes, train = Path(named or folder).expanduser(), {}, val.subset(torch.arange(0))
     if named or (source / "localization.txt").exists():
         boxes, train = read_boxes(source / "localization.txt", source / "image_sizes.txt"), data.load(folder, "train")
+    stems = [Path(name).stem for name in [*val.names, *train.names]]
+    if twice := next((stem for stem, count in Counter(stems).items() if count > 1 and stem in boxes), None):
+        raise ScoreError(f"{source} has boxes of {twice}, and {folder} has several photos of that name: rename them")
     chosen, found = [], []
     for photos, most in ((val, None), (train, TRAIN_BOXES)):
         index = torch.tensor([i for i, name in enumerate(photos.names) if Path(name).stem in boxes], dtype=torch.long)
@@ -686,8 +695,10 @@ def score(paths, source, boxes_folder, deleted, out, looks):
                      "all: with photos of train")
     for name, (path, network, facts) in named.items():
         networks[name], matrix = score_network(models.fold_norms(network), facts, val, *boxed, deleted, name)
-        pictures[name] = pictures[name], cam.confusion_picture(matrix, facts["classes"], cam.describe(facts))
-        notes.append(f"{name}: {path}, {cam.describe(facts)}; looks at {', '.join(map(str, facts['looks']))} px")
+        n = int(matrix.sum())
+        measured = facts | dict(accuracy=float(matrix.diag().sum()) / n, accuracy_on="val", accuracy_n=n)
+        pictures[name] = pictures[name], cam.confusion_picture(matrix, facts["classes"], cam.describe(measured))
+        notes.append(f"{name}: {path}, {cam.describe(measured)}")
     results, names = compare(networks), list(networks)
     summary, bullets = summary_tables(results, names, "markdown"), "".join(f"- {note}\n" for note in notes)
     tables = {".md": f"{summary}\n{bullets}\n{long_table(results)}", ".csv": csv_table(results),
@@ -695,7 +706,7 @@ def score(paths, source, boxes_folder, deleted, out, looks):
     Path(out).parent.mkdir(parents=True, exist_ok=True)
     for suffix, text in tables.items():
         with models.atomic(out + suffix) as file:
-            file.write(text.encode())
+            file.write(text.encode(errors="backslashreplace"))  # a path need not be text
     for picture, image in pictures.values():
         cam.save_picture(image, picture)
     print(summary_tables(results, names) + "\n".join(["", *notes, f"written: {out}.md, .csv, .tex, -confusion-*.png; "

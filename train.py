@@ -295,14 +295,16 @@ def draw_curves(rows, path, width=900, height=380):
             pen.text((right - 110 + 60 * place, 16), split, colour, font)
         pen.text((right, bottom + 8), f"epoch {rows[-1]['epoch']}", "black", font, anchor="ra")
         pen.text((left, bottom + 8), "0", "black", font)
-    with models.atomic(path) as file:
-        image.save(file, "PNG")
+    png = io.BytesIO()
+    image.save(png, "PNG")
+    write(path, png.getvalue())
 
 
-def write_text(path, text):
-    """Write `text` so that it appears whole or not at all."""
-    with models.atomic(path) as file:
-        file.write(text.encode())
+def write(path, contents):
+    """Write bytes so that they appear whole or not at all; a file that holds them already is left alone."""
+    if not (path.exists() and path.read_bytes() == contents):
+        with models.atomic(path) as file:
+            file.write(contents)
 
 
 def write_log(folder, rows):
@@ -311,26 +313,36 @@ def write_log(folder, rows):
     writer = csv.DictWriter(text, rows[0])
     writer.writeheader()
     writer.writerows(rows)
-    write_text(folder / "log.csv", text.getvalue())
+    write(folder / "log.csv", text.getvalue().encode())
     draw_curves(rows, folder / "curves.png")
 
 
 def resume(folder, settings):
-    """The state in last.pt of `folder`, or None where a run begins. Raises TrainError where it is another run's."""
-    path = folder / "last.pt"
-    if not path.exists():
+    """The state in last.pt of `folder`, or None where a run begins. Raises TrainError where it is another run's, or
+    where half of what a run leaves is missing: best weights are never overwritten by a run that does not know them."""
+    last, best = folder / "last.pt", folder / "best.pt"
+    if not last.exists() and not best.exists():
         return None
-    state = models.read(path)
+    try:
+        contents = models.read(best) if best.exists() else {}
+        if not last.exists() and (contents.get("settings"), contents.get("epoch")) == (settings, 1):
+            return None  # killed between its first best.pt and its first last.pt
+        for path, other in ((last, best), (best, last)):
+            if not path.exists():
+                raise TrainError(f"{path} is gone, and {other} is there: put it back, give this run a --name of its "
+                                 f"own, or remove {folder} to train again")
+        state = models.read(last)
+    except models.ModelError as error:
+        raise TrainError(f"{error}; a copy may be put in its place, or remove {folder} to train again") from error
     if not isinstance(state, dict) or not state.keys() >= {"settings", "rows", "network", "optimizer", "scaler"}:
-        raise TrainError(f"{path} is no last.pt that train.py wrote: remove it, or give this run a --name of its own")
+        raise TrainError(f"{last} is no last.pt that train.py wrote: remove it, or give this run a --name of its own")
     old = state["settings"]
-    differ = [f"{k} {old.get(k)} there, {new} here" for k, new in settings.items() if old.get(k) != new]
+    differ = [f"{k} {old.get(k)} there, {new} here" for k, new in settings.items() if old.get(k) != new and k != "data"]
+    if old.get("data") != settings["data"]:
+        differ.append("data: the photos are others, or have changed")
     if differ:
         raise TrainError(f"{folder} holds a run of other settings ({'; '.join(differ)}): repeat them to go on "
                          "with it, give this one a --name of its own, or remove the folder")
-    if not (folder / "best.pt").exists():
-        raise TrainError(f"{folder / 'best.pt'} is gone, and with it the best weights of {len(state['rows'])} epochs: "
-                         f"put it back, or remove {folder} to train again")
     return state
 
 
@@ -448,7 +460,7 @@ def check_sizes(network, recipe, count):
     """Raise TrainError where `network` cannot take images of the recipe's sizes, or the smallest batch of `count`
     photos. Only small images can be too small: of 96 px at most are tried."""
     network = copy.deepcopy(network)  # a pass in training mode changes the statistics of batch normalisation
-    smallest = min(2, *map(len, data.shuffled(count, recipe.batch_size, None)))
+    smallest = min(2, min(map(len, data.shuffled(count, recipe.batch_size, None))) // WORLD)
     passes = [("--crop", recipe.crop, smallest, True)] if recipe.training != "head" else []
     passes += [("--size or --looks", side, 1, False) for side in {recipe.size, *recipe.looks}]
     for option, side, photos, training in passes:
@@ -571,12 +583,12 @@ def finish(folder, rows, val, device, precision):
         totals = evaluate(network, data.eval_batches(val, facts["size"], 64), precision, len(facts["classes"]))
         contents["accuracies"][key] = val_scores(totals)["val_accuracy"]
         models.write(folder / "best.pt", contents)
-    write_log(folder, rows)  # a run may have been killed after its last last.pt
+    write_log(folder, rows)  # a run may have been killed right after its last last.pt
     best = max(rows, key=lambda row: row["val_accuracy"])
-    write_text(folder / "result.json", json.dumps(dict(
+    write(folder / "result.json", json.dumps(dict(
         best_accuracy=best["val_accuracy"], best_epoch=best["epoch"], last_accuracy=rows[-1]["val_accuracy"],
         accuracies=contents["accuracies"], accuracy_on=contents["accuracy_on"], accuracy_n=contents["accuracy_n"],
-        seconds=round(sum(row["seconds"] for row in rows), 1)), indent=1))
+        seconds=round(sum(row["seconds"] for row in rows), 1)), indent=1).encode())
 
 
 def describe_training(recipe):
@@ -602,7 +614,7 @@ def train(recipe, options):
         raise TrainError(f"{WORLD} processes are more than a batch or val has photos: use a larger --batch-size than "
                          f"{recipe.batch_size}, or fewer processes")
     network = prepare_network(recipe, len(photos), len(photos.classes))
-    folder = Path(options.runs) / options.name
+    folder = Path(options.runs).expanduser() / options.name
     if RANK == 0:
         folder.mkdir(parents=True, exist_ok=True)
     with contextlib.nullcontext() if RANK else data.lock(folder / "run", wait=False):
@@ -640,14 +652,14 @@ def run(folder, recipe, network, photos, val, device, precision, dry_run):
                 part.unlink(missing_ok=True)
             here = dict(device=device.type, precision=precision.name, torch=torch.__version__,
                         threads=torch.get_num_threads(), processes=WORLD)
-            write_text(folder / "config.json", json.dumps(settings | here, indent=1))
+            write(folder / "config.json", json.dumps(settings | here, indent=1).encode())
+            (folder / "result.json").unlink(missing_ok=True)  # it says that a run has ended
         facts = dict(arch=recipe.arch, classes=photos.classes, mean=data.MEAN, std=data.STD, looks=list(recipe.looks),
                      how=describe_training(recipe), accuracy_on="held-out train" if recipe.holdout else "val",
                      accuracy_n=len(val), settings=settings)
         batches = make_batches(recipe, network, photos, val, precision)
         rows = run_epochs(folder, recipe, network, batches, len(photos), facts, state, precision)
-    ends = ("log.csv", "curves.png", "result.json")
-    if RANK == 0 and not (finished and all((folder / name).exists() for name in ends)):
+    if RANK == 0:
         finish(folder, rows, val, device, precision)
     return rows, before
 

@@ -884,11 +884,32 @@ def test_explain_makes_a_folder_of_pictures_of_a_folder(call, demo, one, tmp_pat
 
 
 def test_explain_keeps_photos_of_the_same_name_apart(call, demo, one, tmp_path):
-    for i, photo in enumerate(list((demo / "val").glob("*/*.JPEG"))[:2]):
+    for i, photo in enumerate(list((demo / "val").glob("*/*.JPEG"))[:3]):
         (tmp_path / str(i)).mkdir()
         shutil.copy(photo, tmp_path / str(i) / "photo.jpg")
-    assert call("explain", "0/photo.jpg", "1/photo.jpg", "--model", one, "--dpi", 40, "--out", "new").returncode == 0
-    assert len(list((tmp_path / "new").rglob("*.png"))) == 2
+    photos = [f"{i}/photo.jpg" for i in range(3)]
+    assert call("explain", *photos, "--model", one, "--dpi", 40, "--out", "new").returncode == 0
+    assert len(list((tmp_path / "new").rglob("*.png"))) == 3
+
+
+def test_explain_names_the_scale_of_each_map_where_they_share_none(call, demo, one, monkeypatch):
+    paper, photo = Paper(monkeypatch), next((demo / "val").glob("*/*.JPEG"))
+    assert call("explain", photo, "--model", one, "--dpi", 40, "--scale", "photo").returncode == 0
+    assert sum("\u00b1" in text for text in paper.texts if "own scale" not in text) == 3
+
+
+def test_a_class_against_itself_is_refused(call, demo, one):
+    photo = next((demo / "val").glob("*/*.JPEG"))
+    assert refused(call("explain", photo, "--model", one, "--contrast", "tench", "tench"), "two classes")
+
+
+def test_a_class_without_a_val_photo_is_left_out_and_said(call, demo, one, tmp_path, seen):
+    folder = tmp_path / "less"
+    shutil.copytree(demo, folder, ignore=shutil.ignore_patterns("*.pixels", "*.lock"))
+    shutil.rmtree(folder / "val" / "n01440764")
+    result = call("figure", "--models", one, "--data", folder, "--dpi", 40)
+    assert result.returncode == 0 and "tench" in result.stderr and len(seen[0][0]) == 9
+    assert refused(call("figure", "--models", one, "--data", folder, "--classes", "tench"), "tench")
 
 
 def test_gallery_shows_the_most_confident_mistakes_first(call, demo, one, seen):

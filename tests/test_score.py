@@ -878,6 +878,22 @@ def test_boxes_of_other_photos_are_refused(command, networks, demo, tmp_path):
     assert status == 2 and "has no boxes of photos in" in err and not (tmp_path / "t.csv").exists()
 
 
+def test_boxes_that_could_be_of_several_photos_are_refused(command, networks, demo, tmp_path):
+    folder = tmp_path / "data"
+    shutil.copytree(demo, folder, ignore=shutil.ignore_patterns("*.pixels", "*.lock"))
+    photo = next((folder / "val" / "n03028079").iterdir())
+    shutil.copy(photo, folder / "val" / "n01440764" / photo.name)
+    status, _, err = command(networks[0], "--data", folder, "--out", tmp_path / "t")
+    assert status == 2 and photo.stem in err
+
+
+def test_one_photo_has_no_interval_and_a_few_equal_ones_no_certainty():
+    one, few = score.mean_interval(torch.tensor([0.4])), score.mean_interval(torch.full((4,), 0.4))
+    assert (one.low, one.high) == (None, None) and score.difference(one, one).low is None
+    assert few.low < 0.2 and few.high > 0.6
+    assert score.mean_interval(torch.full((100,), 0.4)).low == pytest.approx(0.4)  # the area of a control
+
+
 def test_data_without_boxes_of_classes_of_different_size(command, networks, demo, tmp_path):
     folder = tmp_path / "data"
     shutil.copytree(demo, folder, ignore=shutil.ignore_patterns("*.txt", "*.pixels", "*.lock"))

@@ -673,10 +673,11 @@ def test_a_finished_run_does_nothing_and_says_so(trained, demo, tmp_path, call, 
 
 
 @pytest.mark.parametrize("name", ["result.json", "log.csv", "curves.png"])
-def test_what_is_missing_of_a_finished_run_is_written(trained, demo, tmp_path, name):
+@pytest.mark.parametrize("damage", [os.unlink, lambda path: os.truncate(path, 0)])
+def test_what_is_missing_of_a_finished_run_is_written(trained, demo, tmp_path, name, damage):
     """last.pt of the last epoch was written, and then the run was killed."""
     shutil.copytree(trained, tmp_path / "cnn")
-    (tmp_path / "cnn" / name).unlink()
+    damage(tmp_path / "cnn" / name)
     training(demo, tmp_path)
     assert (tmp_path / "cnn" / name).read_bytes() == (trained / name).read_bytes()
 
@@ -724,7 +725,7 @@ def test_a_run_knows_its_photos(trained, demo, tmp_path, call):
     other = shutil.copytree(demo, tmp_path / "other", ignore=shutil.ignore_patterns("*.pixels", "*.lock"))
     path = next((other / "train").rglob("*.JPEG"))
     Image.open(path).rotate(180).save(path)
-    assert refused(call(*arguments(other, tmp_path)), "other settings", "data ")
+    assert refused(call(*arguments(other, tmp_path)), "other settings", "photos")
 
 
 def test_photos_that_were_copied_are_the_same_photos(trained, demo, tmp_path):
@@ -735,10 +736,33 @@ def test_photos_that_were_copied_are_the_same_photos(trained, demo, tmp_path):
     assert same_run(tmp_path / "cnn", trained)
 
 
-def test_a_run_without_its_best_weights_is_not_called_done(trained, demo, tmp_path, call):
+@pytest.mark.parametrize("name", ["best.pt", "last.pt"])
+@pytest.mark.parametrize("damage", [os.unlink, lambda path: os.truncate(path, 1000)])
+def test_a_run_that_lost_weights_is_neither_called_done_nor_trained_over(trained, demo, tmp_path, call, name, damage):
     shutil.copytree(trained, tmp_path / "cnn")
-    (tmp_path / "cnn" / "best.pt").unlink()
-    assert refused(call(*arguments(demo, tmp_path)), tmp_path / "cnn" / "best.pt", "remove")
+    damage(tmp_path / "cnn" / name)
+    before = contents(tmp_path / "cnn")
+    assert refused(call(*arguments(demo, tmp_path)), tmp_path / "cnn" / name, "remove")
+    assert contents(tmp_path / "cnn") == before
+
+
+def test_a_run_killed_before_its_first_last_pt_begins_again(trained, demo, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        stop_after(1, patch)
+        with pytest.raises(KeyboardInterrupt):
+            training(demo, tmp_path)
+    (tmp_path / "cnn" / "last.pt").unlink()
+    training(demo, tmp_path)
+    assert same_run(tmp_path / "cnn", trained)
+
+
+def test_a_run_that_goes_on_has_no_result_until_it_ends(trained, demo, tmp_path, monkeypatch):
+    stop_after(1, monkeypatch)
+    (tmp_path / "cnn").mkdir()
+    (tmp_path / "cnn" / "result.json").write_text("of an older run")
+    with pytest.raises(KeyboardInterrupt):
+        training(demo, tmp_path)
+    assert not (tmp_path / "cnn" / "result.json").exists()
 
 
 def test_a_second_run_in_a_folder_is_refused_while_the_first_lasts(demo, tmp_path, call):
