@@ -946,8 +946,8 @@ def test_classes_are_compared_by_name(call, demo, one, tmp_path, seen):
 
 def test_data_of_other_classes_is_refused(call, demo, tmp_path):
     pets = checkpoint(tmp_path / "pets.pt", classes=["cat", "dog"])
-    assert refused(call("figure", "--models", pets, "--data", demo), "tench", "cat")
-    assert refused(call("gallery", "--model", pets, "--data", demo), "tench", "cat")
+    assert refused(call("figure", "--models", pets, "--data", demo), "church", "cat")
+    assert refused(call("gallery", "--model", pets, "--data", demo), "church", "cat")
 
 
 @pytest.mark.parametrize("out", ["figure.jpg", "figure", "figure.svg", "folder.png"])
