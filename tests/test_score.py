@@ -12,7 +12,6 @@ import torch
 from conftest import refused
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image
 from torch import nn
 
 import cam
@@ -701,26 +700,7 @@ def test_works_alone(tmp_path):
 
 @pytest.fixture
 def command(monkeypatch, capsys):
-    """command(path, ...) -> (exit status, stdout, stderr); of cam.py what is not there yet is stood in for."""
-
-    def load_models(paths, looks=None):
-        looks = (looks or [None]) * (len(paths) // len(looks or [None]))
-        return [models.load(path, looks=look) for path, look in zip(paths, looks, strict=True)]
-
-    def save_picture(image, path):
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-        image.save(path)
-
-    if not hasattr(cam, "confusion_picture"):
-        for name, function in {
-            "add_looks_option": lambda parser: parser.add_argument("--looks", nargs="+"),
-            "parse_looks": lambda texts: [[int(size) for size in text.split(",")] for text in texts],
-            "check_picture_name": lambda path: None,
-            "confusion_picture": lambda matrix, classes, title: Image.new("L", (len(matrix), len(classes))),
-            "describe": lambda facts: f"{facts['arch']}, {facts['how']}",
-            "save_picture": save_picture, "load_models": load_models,
-        }.items():
-            monkeypatch.setattr(cam, name, function, raising=False)
+    """command(path, ...) -> (exit status, stdout, stderr); the command in this process."""
 
     def call(*arguments):
         capsys.readouterr()
@@ -916,7 +896,7 @@ def test_looks_are_what_is_scored(command, networks, demo, tmp_path):
     status, out, err = command(networks[0], networks[0], "--looks", "32", "32,64", "--data", demo, "--deletion", 0,
                                "--out", tmp_path / "t")
     assert status == 0, err
-    assert "looks at 32 px" in out and "looks at 32, 64 px" in out
+    assert "at 32 px" in out and "at 32, 64 px" in out
     lines = lines_of(tmp_path / "t.csv")
     assert lines["area above half", "cnn", "its own map"] != lines["area above half", "cnn-2", "its own map"]
 
