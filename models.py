@@ -17,12 +17,14 @@ import os
 import pickle
 import platform
 import re
+import subprocess
 import urllib.error
 from collections import OrderedDict
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+import torchvision
 from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torchvision import models as torchvision_models
@@ -264,6 +266,26 @@ def keep_memory():
         libc, M_TRIM_THRESHOLD, M_MMAP_MAX = ctypes.CDLL(None), -1, -4
         libc.mallopt(M_MMAP_MAX, 0)
         libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+
+
+def machine():
+    """Where and with what a number was measured, in plain types: processor, cores, memory (GiB), versions, and the
+    commit of this folder, with a + where files have been changed since; what cannot be found out is None."""
+    try:
+        facts = Path("/proc/cpuinfo").read_text()
+        memory = round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30)
+    except (OSError, ValueError, AttributeError):  # no Linux
+        facts, memory = "", None
+    processor = re.search(r"model name\s*: (.*)", facts)
+    git = ["git", "-C", Path(__file__).parent, "describe", "--always", "--dirty=+", "--exclude=*"]
+    try:
+        commit = subprocess.run(git, capture_output=True, text=True, timeout=10).stdout.strip() or None
+    except (OSError, subprocess.TimeoutExpired):
+        commit = None
+    return dict(processor=processor[1] if processor else platform.processor() or platform.machine(),
+                instructions=torch.backends.cpu.get_cpu_capability(), cores=os.cpu_count(), memory=memory,
+                python=platform.python_version(), torch=torch.__version__, torchvision=torchvision.__version__,
+                commit=commit)
 
 
 # ---------------------------------------------------------------- checkpoints
