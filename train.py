@@ -18,6 +18,7 @@ import io
 import json
 import math
 import os
+import shlex
 import signal
 import sys
 import time
@@ -50,15 +51,16 @@ class Recipe:
     lr: float  # at its peak
     weight_decay: float
     smoothing: float  # of labels
+    width: int = 0  # of the cnn: channels at 1/8 of the photo's side
     plain_crop: bool = False
     holdout: float = 0.0
     seed: int = 0
-    version: int = 3  # counts the changes to what the fields do not say: optimiser, schedule, crops
+    version: int = 4  # counts the changes to what the fields do not say: optimiser, schedule, crops
 
 
 # What is trained decides the rest: everything from random weights, every layer of a pretrained network, or its head.
 DEFAULTS = {
-    "scratch": dict(epochs=100, crop=64, size=96, batch_size=32, lr=0.02, weight_decay=0.05, smoothing=0.1),
+    "scratch": dict(epochs=100, crop=64, size=96, batch_size=64, lr=0.03, weight_decay=0.05, smoothing=0.1, width=192),
     "head": dict(epochs=5, crop=0, size=224, batch_size=64, lr=0.003, weight_decay=0.0, smoothing=0.0),
     "all": dict(epochs=5, crop=160, size=160, batch_size=64, lr=0.002, weight_decay=5e-4, smoothing=0.1),
 }
@@ -149,20 +151,25 @@ def one_cycle(step, steps, warmup=0.05):
     return (step + 1) / (rise + 1) if step < rise else (steps - step) / (steps - rise)
 
 
-def orthogonalise(matrices, dtype=torch.float32):
+def orthogonalise(matrices, dtype=torch.float32, steps=3):
     """Roughly the orthogonal matrix nearest to each of `matrices` (..., m, n): its singular vectors, large singular
     values near 1.
 
-    Three Newton-Schulz steps of a quintic that drives singular values in 0..1 towards 1; those below a fiftieth of the
-    norm are only raised, which trains as well. Matrix products alone, which bfloat16 is exact enough for.
+    Newton-Schulz steps x <- (a + b xx' + c (xx')^2) x drive singular values in 0..1 towards 1; in three steps those
+    below a fiftieth of the norm are only raised, which trains as well. Polynomials of xx' commute, so their product is
+    found among small (m, m) matrices first, and the large x is multiplied but twice.
     """
     tall = matrices.shape[-2] > matrices.shape[-1]
-    x = matrices.mT if tall else matrices
+    x = matrices.mT if tall else matrices  # (..., m, n), m <= n
     x = (x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)).to(dtype)
-    for _ in range(3):
-        a = x @ x.mT
-        b = -4.7750 * a + 2.0315 * (a @ a)
-        x = 3.4445 * x + b @ x
+    gram = x @ x.mT  # (..., m, m)
+    product = torch.eye(gram.shape[-1], dtype=dtype, device=x.device)
+    for _ in range(steps):
+        polynomial = -4.7750 * gram + 2.0315 * (gram @ gram)
+        polynomial.diagonal(dim1=-2, dim2=-1).add_(3.4445)
+        product = polynomial @ product
+        gram = polynomial @ gram @ polynomial  # that of the next x
+    x = product @ x
     return (x.mT if tall else x).to(matrices.dtype)
 
 
@@ -207,12 +214,34 @@ class Muon(torch.optim.Optimizer):
             torch._foreach_add_(parameters, updates, alpha=-rate)
 
 
-def train_epoch(network, batches, plan, optimizer, scaler, precision, smoothing=0.0):
+class Average:
+    """A copy of a module that holds the mean of its weights, and of its statistics, over the latest steps.
+
+    The steps that count are the latest 1/16 of all so far, whenever that is (a power function: Karras et al. 2024), so
+    there is nothing to tune to the length of a training. While the rate is high the mean is far better than the weights
+    themselves; at the end, where the rate has fallen to zero, the two are alike.
+    """
+
+    def __init__(self, module, steps=0):
+        self.module = copy.deepcopy(module).eval().requires_grad_(False)
+        self.steps = steps  # taken so far
+
+    def update(self, module):
+        """Take in the weights of `module` after another step."""
+        self.steps += 1
+        share = 1 - (1 - 1 / self.steps) ** 16
+        mean, new = ([t.detach() for t in (*of.parameters(), *of.buffers()) if t.is_floating_point()]
+                     for of in (self.module, module))
+        torch._foreach_lerp_(mean, new, share)
+
+
+def train_epoch(network, batches, plan, optimizer, scaler, precision, smoothing=0.0, average=None):
     """Train `network` on one epoch of (x, labels), x images or features.
 
     plan: for each step, its learning rate and how many photos a process has in it on average; one process has them
     all, and where there are several, a smaller part weighs less, so that their mean gradient is that of the batch.
-    Returns the losses (steps,), on the device, and how many photos were right, of how many.
+    average: an `Average` to be kept up. Returns the losses (steps,), on the device, and how many photos were right, of
+    how many.
     """
     network.train()
     losses, correct, seen = [], 0, 0
@@ -226,6 +255,8 @@ def train_epoch(network, batches, plan, optimizer, scaler, precision, smoothing=
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad()
+        if average:
+            average.update(network)
         losses.append(loss.detach())  # numbers stay on the device: asking for them would wait for it
         correct = correct + (logits.argmax(1) == labels).sum()
         seen += len(labels)
@@ -334,7 +365,8 @@ def resume(folder, settings):
         state = models.read(last)
     except models.ModelError as error:
         raise TrainError(f"{error}; a copy may be put in its place, or remove {folder} to train again") from error
-    if not isinstance(state, dict) or not state.keys() >= {"settings", "rows", "network", "optimizer", "scaler"}:
+    known = {"settings", "rows", "network", "average", "optimizer", "scaler"}
+    if not isinstance(state, dict) or not state.keys() >= known:
         raise TrainError(f"{last} is no last.pt that train.py wrote: remove it, or give this run a --name of its own")
     old = state["settings"]
     differ = [f"{k} {old.get(k)} there, {new} here" for k, new in settings.items() if old.get(k) != new and k != "data"]
@@ -372,7 +404,7 @@ def parse_arguments(arguments=None):
     def add_recipe(name, kind, what):  # an option whose default depends on what is trained
         names = {"scratch": "for the cnn", "head": "with all frozen but the last layer", "all": "with --unfreeze"}
         key = name.replace("-", "_")
-        defaults = ", ".join(f"{values[key]} {names[of]}" for of, values in DEFAULTS.items() if values[key])
+        defaults = ", ".join(f"{values[key]} {names[of]}" for of, values in DEFAULTS.items() if values.get(key))
         add(f"--{name}", type=kind, default=argparse.SUPPRESS, help=f"{what} (default: {defaults})")
 
     add("arch", help="cnn, resnet18, or another torchvision network that CAM is exact for")
@@ -389,6 +421,7 @@ def parse_arguments(arguments=None):
              "averaged (default: 2/3, 1 and 4/3 of --size for the cnn, 1 and 10/7 of it for other networks)")
     add_recipe("batch-size", number(int, 1), "photos in a step")
     add_recipe("lr", number(float, 0, 1e37), "peak learning rate")
+    add_recipe("width", number(int, 8, 4096), "channels of the cnn at 1/8 of the photo's side")
     add("--holdout", type=number(float, 0, 1), default=0.0, help="share of train to validate on, in place of val")
     add("--seed", type=number(int, 0, 2**40), default=0, help="decides initial weights, order and crops")
     add("--device", default="auto", help="cpu, cuda, mps or auto")
@@ -402,6 +435,8 @@ def parse_arguments(arguments=None):
     if training == "head" and ("crop" in options or options.plain_crop):
         parser.error("--crop and --plain-crop do nothing while all but the last layer is frozen, as each photo is seen "
                      "whole: leave them out, or add --unfreeze")
+    if training != "scratch" and "width" in options:
+        parser.error(f"--width is the cnn's: leave it out for {options.arch}")
     if training == "scratch" and options.unfreeze:
         parser.error("--unfreeze does nothing for the cnn, of which every layer is trained: leave it out")
     weights = getattr(options, "weights", None if training == "scratch" else "imagenet")
@@ -440,7 +475,7 @@ def prepare_photos(recipe, source, skip_bad, few, device):
 def prepare_network(recipe, count, classes):
     """A new network for `count` photos of `classes` classes, what is frozen frozen. Raises TrainError, ModelError."""
     torch.manual_seed(recipe.seed)
-    network = models.build(recipe.arch, classes, recipe.weights)
+    network = models.build(recipe.arch, classes, recipe.weights, recipe.width)
     check_sizes(network, recipe, count)
     if recipe.training == "head":
         network = models.with_looks(network, recipe.looks)
@@ -497,43 +532,25 @@ def make_batches(recipe, network, photos, val, precision):
     return network.head, feature_batches, lambda: [(val_features[0], val_labels)]
 
 
-def save_epoch(folder, rows, network, facts, state):
-    """Write what an epoch leaves behind, each file whole or not at all, and say so.
-
-    best.pt, only where this epoch is the best (facts: what it holds besides the network); last.pt (state: what is
-    needed to go on); the log.
-    """
-    row, before = rows[-1], [row["val_accuracy"] for row in rows[:-1]]
-    best = row["val_accuracy"] > max(before, default=-1)
-    if best:
-        models.save(folder / "best.pt", network, **facts, epoch=len(rows),
-                    accuracies={facts["settings"]["evaluated"]: row["val_accuracy"]})
-    models.write(folder / "last.pt", dict(state, settings=facts["settings"], rows=rows, network=network.state_dict()))
-    write_log(folder, rows)
-    epochs = facts["settings"]["epochs"]
-    left = (epochs - len(rows)) * row["seconds"]
-    classes = "" if row["val_accuracy"] == row["val_class_accuracy"] else f" (classes {row['val_class_accuracy']:.2%})"
-    print(f"epoch {len(rows):3d}/{epochs}  loss {row['train_loss']:.3f}  train {row['train_accuracy']:6.2%}  "
-          f"val {row['val_accuracy']:6.2%}{classes}{' *' if best else '  '}  {row['images_per_second']:6,} images/s  "
-          f"{left // 60:.0f}:{left % 60:02.0f} left", flush=True)
-
-
 def run_epochs(folder, recipe, network, batches, count, facts, state, precision):
     """Train from where `state` (of last.pt, or None) stands to the last epoch, `count` photos each. Returns the rows
-    of the log. batches: of `make_batches`; facts: of `save_epoch`."""
+    of the log. What is validated and kept is the average of the weights. batches: of `make_batches`; facts: of
+    `save_epoch`."""
     module, train_batches, val_batches = batches
     device = next(module.parameters()).device
+    lengths = [len(index) for index in data.shuffled(count, recipe.batch_size, None)]
+    steps = len(lengths)
+    rows = state["rows"] if state else []
     optimizer = Muon(module, recipe.lr, recipe.weight_decay, dtype=precision.products)
     scaler = torch.amp.GradScaler(device.type, enabled=precision.scale)
-    rows = []
+    average = Average(module, len(rows) * steps)
+    averaged = average.module if module is network else models.CAMNet(network.features, average.module)
     if state:
+        averaged.load_state_dict(state["average"])
         optimizer.load_state_dict(state["optimizer"])
         if state["scaler"] and precision.scale:  # empty where the run began on a device that needs none
             scaler.load_state_dict(state["scaler"])
-        rows = state["rows"]
     parallel = torch.nn.parallel.DistributedDataParallel(module) if WORLD > 1 else module
-    lengths = [len(index) for index in data.shuffled(count, recipe.batch_size, None)]
-    steps = len(lengths)
     for epoch in range(len(rows), recipe.epochs):
         started = time.time()
         torch.manual_seed(1_000_003 * recipe.seed + epoch)  # all chance in an epoch follows from its number
@@ -541,27 +558,53 @@ def run_epochs(folder, recipe, network, batches, count, facts, state, precision)
         plan = [(recipe.lr * one_cycle(epoch * steps + i, recipe.epochs * steps), length / WORLD)
                 for i, length in enumerate(lengths)]
         losses, correct, seen = train_epoch(parallel, train_batches(generator), plan, optimizer, scaler, precision,
-                                            recipe.smoothing)
+                                            recipe.smoothing, average)
         losses = sum_over_processes(losses) / WORLD
-        if not losses.isfinite().all():
-            step = int((~losses.isfinite()).nonzero()[0]) + 1
-            raise TrainError(f"the loss is not finite in epoch {epoch + 1}, step {step}: use a smaller --lr; "
-                             f"what is in {folder} is still of epoch {epoch}")
+        check_finite(losses, folder, epoch)
         correct, seen = sum_over_processes(torch.stack([correct, torch.tensor(seen, device=device)])).tolist()
         speed = seen / (time.time() - started)
-        for buffer in module.buffers() if WORLD > 1 else ():
+        for buffer in [*module.buffers(), *average.module.buffers()] if WORLD > 1 else ():
             torch.distributed.broadcast(buffer, 0)  # each has statistics of its own; rank 0's are those that are saved
-        totals = sum_over_processes(evaluate(module, val_batches(), precision, len(facts["classes"])))
+        totals = sum_over_processes(evaluate(average.module, val_batches(), precision, len(facts["classes"])))
         scores = val_scores(totals)
-        if not math.isfinite(scores["val_loss"]):
-            raise TrainError(f"the validation loss is not finite after epoch {epoch + 1}: use a smaller --lr; "
-                             f"what is in {folder} is still of epoch {epoch}")
+        check_finite(torch.tensor([scores["val_loss"]]), folder, epoch)
         rows.append(dict(epoch=epoch + 1, train_loss=round(float(losses.mean()), 4),
                          train_accuracy=round(correct / seen, 5), **scores, lr=round(plan[0][0], 6),
                          images_per_second=round(speed), seconds=round(time.time() - started, 1)))
         if RANK == 0:
-            save_epoch(folder, rows, network, facts, dict(optimizer=optimizer.state_dict(), scaler=scaler.state_dict()))
+            save_epoch(folder, rows, averaged, facts, dict(
+                network=network.state_dict(), average=averaged.state_dict(), optimizer=optimizer.state_dict(),
+                scaler=scaler.state_dict()))
     return rows
+
+
+def check_finite(losses, folder, epoch):
+    """Raise TrainError where one of an epoch's losses, of its steps or of validation, is no finite number."""
+    if not losses.isfinite().all():
+        where = f"step {int((~losses.isfinite()).nonzero()[0]) + 1}" if len(losses) > 1 else "validation"
+        raise TrainError(f"the loss is not finite in epoch {epoch + 1}, {where}: use a smaller --lr; what is in "
+                         f"{folder} is still of epoch {epoch}")
+
+
+def save_epoch(folder, rows, averaged, facts, state):
+    """Write what an epoch leaves behind, each file whole or not at all, and say so.
+
+    best.pt, only where this epoch is the best: the network `averaged` and `facts`; last.pt: `state`, all that is needed
+    to go on; the log.
+    """
+    row, before = rows[-1], [row["val_accuracy"] for row in rows[:-1]]
+    best = row["val_accuracy"] > max(before, default=-1)
+    if best:
+        models.save(folder / "best.pt", averaged, **facts, epoch=len(rows),
+                    accuracies={facts["settings"]["evaluated"]: row["val_accuracy"]})
+    models.write(folder / "last.pt", dict(state, settings=facts["settings"], rows=rows))
+    write_log(folder, rows)
+    epochs = facts["settings"]["epochs"]
+    left = (epochs - len(rows)) * row["seconds"]
+    classes = "" if row["val_accuracy"] == row["val_class_accuracy"] else f" (classes {row['val_class_accuracy']:.2%})"
+    print(f"epoch {len(rows):3d}/{epochs}  loss {row['train_loss']:.3f}  train {row['train_accuracy']:6.2%}  "
+          f"val {row['val_accuracy']:6.2%}{classes}{' *' if best else '  '}  {row['images_per_second']:6,} images/s  "
+          f"{left // 60:.0f}:{left % 60:02.0f} left", flush=True)
 
 
 def val_scores(totals):
@@ -572,6 +615,9 @@ def val_scores(totals):
     return dict(val_loss=round(float(loss.sum() / photos.sum()), 4),
                 val_accuracy=round(float(right.sum() / photos.sum()), 5),
                 val_class_accuracy=round(float((right[there] / photos[there]).mean()), 5))
+
+
+PASSED = 0.72  # the accuracy of the report that this project grew from: when is it passed?
 
 
 def finish(folder, rows, val, device, precision):
@@ -585,10 +631,13 @@ def finish(folder, rows, val, device, precision):
         models.write(folder / "best.pt", contents)
     write_log(folder, rows)  # a run may have been killed right after its last last.pt
     best = max(rows, key=lambda row: row["val_accuracy"])
+    passed = next((row["epoch"] for row in rows if row["val_accuracy"] >= PASSED), None)
+    began = json.loads((folder / "config.json").read_text())
     write(folder / "result.json", json.dumps(dict(
         best_accuracy=best["val_accuracy"], best_epoch=best["epoch"], last_accuracy=rows[-1]["val_accuracy"],
         accuracies=contents["accuracies"], accuracy_on=contents["accuracy_on"], accuracy_n=contents["accuracy_n"],
-        seconds=round(sum(row["seconds"] for row in rows), 1)), indent=1).encode())
+        epochs_to_72=passed, seconds_to_72=passed and round(sum(row["seconds"] for row in rows[:passed]), 1),
+        seconds=round(sum(row["seconds"] for row in rows), 1), **began), indent=1).encode())
 
 
 def describe_training(recipe):
@@ -650,9 +699,10 @@ def run(folder, recipe, network, photos, val, device, precision, dry_run):
         if RANK == 0:
             for part in folder.glob("*.part"):  # of a run that was killed, for this one holds the lock
                 part.unlink(missing_ok=True)
-            here = dict(device=device.type, precision=precision.name, torch=torch.__version__,
-                        threads=torch.get_num_threads(), processes=WORLD)
-            write(folder / "config.json", json.dumps(settings | here, indent=1).encode())
+            write(folder / "config.json", json.dumps(dict(
+                command=shlex.join(["python", Path(sys.argv[0]).name, *sys.argv[1:]]), recipe=settings,
+                parameters=sum(p.numel() for p in network.parameters()), device=device.type, precision=precision.name,
+                threads=torch.get_num_threads(), processes=WORLD, machine=models.machine()), indent=1).encode())
             (folder / "result.json").unlink(missing_ok=True)  # it says that a run has ended
         facts = dict(arch=recipe.arch, classes=photos.classes, mean=data.MEAN, std=data.STD, looks=list(recipe.looks),
                      how=describe_training(recipe), accuracy_on="held-out train" if recipe.holdout else "val",
