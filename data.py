@@ -27,6 +27,7 @@ import http.client
 import io
 import json
 import lzma
+import math
 import os
 import re
 import shutil
@@ -67,21 +68,232 @@ WORDS = CLASSES | {  # and Imagewoof's; all others are shown by their folder's n
     "n02105641": "Old English sheepdog", "n02111889": "Samoyed", "n02115641": "dingo",
 }
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, RGB in 0..1
+CROP_AREA = (0.35, 1.0)  # least and largest share of a photo that a random resized crop shows
+CROP_RATIO = 4 / 3  # its largest width : height, and height : width
+MAX_BATCH = 2**25  # pixels that are resampled at a time, padding included: 0.4 GB in float32
 SUFFIXES = {".jpeg", ".jpg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm"}
 FORMATS = ("JPEG", "PNG", "BMP", "GIF", "TIFF", "WEBP", "PPM")  # Pillow gives PostScript to Ghostscript, to be run
 UNREAD = {".heic", ".heif", ".avif", ".jxl", ".jp2", ".dng", ".cr2", ".cr3", ".nef", ".arw"}  # photos, but not for us
+SHORT_SIDE = 256  # px, the shortest side that larger photos are reduced to
+MAX_PIXELS = 100_000_000  # of one photo
 VAL_NAMES = ("val", "valid", "validation", "test")  # of the folder to validate on, the first that is there
 VAL_SHARE = 0.15  # of each class, set aside to validate on where there is no such folder
-SHORT_SIDE = 256  # px, the shortest side that larger photos are reduced to
-CROP_AREA = (0.35, 1.0)  # least and largest share of a photo that a random resized crop shows
-MAX_PIXELS = 100_000_000  # of one photo
-MAX_BATCH = 2**25  # pixels that are resampled at a time, padding included: 0.4 GB in float32
 MAX_FILES, SPARE_BYTES = 2_000_000, 2**30  # of an archive; what unpacking leaves free on the disk
 STAMP = ".archive.json"  # in an unpacked folder: which archive it came from
 
 
 class DataError(Exception):
     """Something the user can mend; the message is one sentence that says what and how."""
+
+
+# ---------------------------------------------------------------- photos in memory
+
+
+@dataclass
+class Photos:
+    """The photos of one split, decoded: plain tensors, one entry of each per photo."""
+
+    pixels: torch.Tensor  # (all pixels, 3) uint8, photo after photo, row after row; memory-mapped, or on `device`
+    start: torch.Tensor  # (N,) int64, where in `pixels` a photo begins; on the CPU, like all that follow
+    height: torch.Tensor  # (N,) int64
+    width: torch.Tensor  # (N,) int64
+    labels: torch.Tensor  # (N,) int64
+    names: list  # N paths relative to the split's folder: "n01440764/ILSVRC2012_val_00009111.JPEG"
+    classes: list = ()  # K shown names, in the order of the labels
+    digests: list = ()  # N hashes of the files' bytes
+    device: torch.device = torch.device("cpu")  # where batches arrive
+
+    def __len__(self):
+        return len(self.labels)
+
+    def __getitem__(self, i):
+        """Photo i, (H, W, 3) uint8."""
+        h, w, start = int(self.height[i]), int(self.width[i]), int(self.start[i])
+        return self.pixels[start : start + h * w].view(h, w, 3)
+
+    @property
+    def fingerprint(self):
+        """A short string that another name, file or stored size of any photo changes."""
+        facts = [self.names, list(self.digests), self.height.tolist(), self.width.tolist()]
+        return hashlib.blake2b(json.dumps(facts).encode(), digest_size=16).hexdigest()
+
+    def subset(self, index):
+        """The photos of `index` (N',) int64; the pixels are shared."""
+        chosen = index.tolist()
+        return replace(self, start=self.start[index], height=self.height[index], width=self.width[index],
+                       labels=self.labels[index], names=[self.names[i] for i in chosen],
+                       digests=[self.digests[i] for i in chosen] if self.digests else ())
+
+    def relabelled(self, classes):
+        """The photos with labels in the order of `classes`, a list of shown names; DataError names what differs."""
+        ours, theirs = set(self.classes) - set(classes), set(classes) - set(self.classes)
+        if ours or theirs:
+            raise DataError(f"the photos are of other classes than the network's (the photos' alone: "
+                            f"{first_names(ours)}; the network's alone: {first_names(theirs)}): name the data that it "
+                            "was trained on")
+        order = torch.tensor([list(classes).index(name) for name in self.classes])
+        return replace(self, labels=order[self.labels], classes=list(classes))
+
+    def to(self, device):
+        """The photos with batches on `device`. The pixels move there if they fit: on CUDA into half of the memory that
+        is free, on MPS into the 4 GiB of one tensor. Else they stay: crops are made on the CPU and moved (`send`)."""
+        device, room = torch.device(device), math.inf
+        if device.type == "cuda":
+            room = torch.cuda.mem_get_info(device)[0] / 2
+        elif device.type == "mps":
+            room = 2**32
+        pixels = self.pixels.to(device) if self.pixels.numel() < room else self.pixels
+        return replace(self, pixels=pixels, device=device)
+
+
+def first_pixels(height, width):
+    """Where each photo begins in the pixels of all: (N,) int64."""
+    return torch.cumsum(height * width, 0) - height * width
+
+
+def from_arrays(images, labels=None):
+    """Photos of uint8 tensors or arrays (H, W, 3), of any sizes, kept in memory; label 0 unless given."""
+    images = [torch.as_tensor(image) for image in images]
+    height, width = (torch.tensor([image.shape[d] for image in images]) for d in (0, 1))
+    labels = torch.zeros_like(height) if labels is None else torch.as_tensor(labels)
+    return Photos(torch.cat([image.reshape(-1, 3) for image in images]), first_pixels(height, width), height, width,
+                  labels, [str(i) for i in range(len(images))])
+
+
+def shared(train, val):
+    """How many photos of `val` are, byte for byte, in `train` too."""
+    known = set(train.digests)
+    return sum(digest in known for digest in val.digests)
+
+
+def first_names(names, count=5):
+    """The first few of many names, for a sentence."""
+    return ", ".join(sorted(names)[:count]) + ", ..." * (len(names) > count) or "none"
+
+
+# ---------------------------------------------------------------- batches
+
+
+def filter_weights(start, length, size, n, limit):
+    """How much each of n pixels of a line adds to each of `size` output pixels: (B, size, n), rows sum to 1.
+
+    start, length: (B,) the piece of the line that is resampled, in pixels; limit: (B,) where the photo ends.
+    The triangle filter of Pillow's BILINEAR, widened when shrinking so that no pixel is skipped.
+    """
+    scale = (length / size)[:, None]
+    centre = start[:, None] + (torch.arange(size, device=start.device) + 0.5) * scale  # (B, size)
+    x = torch.arange(n, device=start.device) + 0.5
+    distance = (x - centre[:, :, None]).div_(scale.clamp(min=1)[:, :, None]).abs_()  # (B, size, n)
+    weights = (1 - distance).clamp_(min=0).mul_(x < limit[:, None, None])
+    return weights.div_(weights.sum(2, keepdim=True))
+
+
+def span(start, length, size, limit):
+    """First pixel and number of pixels of a line that `filter_weights` weighs: (B,) int64 each."""
+    reach = (length / size).clamp(min=1)
+    first = (start - reach).floor().clamp(min=0)
+    return first.long(), ((start + length + reach).ceil().minimum(limit) - first).long()
+
+
+def send(tensor, device):
+    """A tensor of the CPU on `device`. On CUDA the copy is pinned and nothing waits for it, so that a batch is made
+    and moved while the device still computes the one before."""
+    if device.type == "cuda" and tensor.device.type == "cpu":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=device.type == "cuda")
+
+
+def resample(photos, index, boxes, size, flip=None, dtype=torch.float32):
+    """Cut `boxes` out of the photos `index`, resize them to size x size and normalise: (B, 3, size, size) `dtype`.
+
+    boxes: (B, 4) float, y, x, height, width in pixels; flip: (B,) bool, mirror or not; all on the CPU, so that nothing
+    waits for a device. Resizing is linear along each axis, so a whole batch is two matrix products: rows, then columns.
+    In bfloat16, which holds every grey level exactly, they are faster, and the pixels that come out are off by a
+    quarter of a grey level on average.
+    """
+    flip = torch.zeros(len(index), dtype=torch.bool) if flip is None else flip
+    y, x, box_height, box_width = boxes.T
+    top, rows = span(y, box_height, size, photos.height[index])
+    left, cols = span(x, box_width, size, photos.width[index])
+    h, w = int(rows.max()), int(cols.max())
+    if len(index) > 1 and len(index) * h * w > MAX_BATCH:
+        halves = zip(index.chunk(2), boxes.chunk(2), flip.chunk(2), strict=True)
+        return torch.cat([resample(photos, i, box, size, mirror, dtype) for i, box, mirror in halves])
+
+    device = photos.pixels.device
+    images = torch.zeros(len(index), h, w, 3, dtype=dtype, device=device)  # what is needed of each, padded with zeros
+    for n, (i, t, r, s, c) in enumerate(torch.stack([index, top, rows, left, cols], 1).tolist()):
+        images[n, :r, :c] = photos[i][t : t + r, s : s + c]
+
+    geometry = torch.stack([y - top, box_height, rows, x - left, box_width, cols, flip])
+    y, box_height, rows, x, box_width, cols, flip = send(geometry, device)  # (B,) float32 each
+    along_y = filter_weights(y, box_height, size, h, rows).to(dtype)  # (B, size, h)
+    along_x = filter_weights(x, box_width, size, w, cols).to(dtype)  # (B, size, w)
+    along_x = torch.where(flip[:, None, None] > 0, along_x.flip(1), along_x)
+    images = torch.bmm(along_y, images.view(len(index), h, 3 * w)).view(-1, size, w, 3)
+    images = torch.einsum("nyxc,nzx->nyzc", images, along_x).contiguous()
+    mean, std = send(255 * torch.tensor([MEAN, STD]), device)
+    return send(((images - mean) / std).to(dtype), photos.device).permute(0, 3, 1, 2)  # channels-last in memory
+
+
+def random_boxes(photos, index, generator, area=CROP_AREA):
+    """Random resized crops (Szegedy et al. 2015): boxes (B, 4) of a share `area` of each photo, width : height
+    between 1/CROP_RATIO and CROP_RATIO, anywhere in it; a box that would be wider or higher than it is cut to fit."""
+    height, width = photos.height[index].float(), photos.width[index].float()
+    u, v, y, x = torch.rand(4, len(index), generator=generator)
+    pixels = (area[0] + (area[1] - area[0]) * u) * height * width
+    aspect = CROP_RATIO ** (2 * v - 1)
+    h, w = torch.minimum((pixels / aspect).sqrt(), height), torch.minimum((pixels * aspect).sqrt(), width)
+    return torch.stack([y * (height - h), x * (width - w), h, w], 1)
+
+
+def plain_boxes(photos, index, size, generator):
+    """Random crops at the photo's own scale: boxes (B, 4) of size x size whole pixels."""
+    small = (torch.minimum(photos.height, photos.width) < size).nonzero()
+    if len(small):
+        i = int(small[0])
+        raise DataError(f"{photos.names[i]} has {int(photos.width[i])} x {int(photos.height[i])} pixels, fewer than "
+                        f"the {size} x {size} crop: use a smaller --crop, or leave --plain-crop out")
+    y, x = torch.rand(2, len(index), generator=generator)
+    room_y, room_x = photos.height[index] - size, photos.width[index] - size
+    top, left = (y * (room_y + 1)).floor().minimum(room_y), (x * (room_x + 1)).floor().minimum(room_x)
+    side = torch.full_like(y, size)
+    return torch.stack([top, left, side, side], 1)
+
+
+def shuffled(count, batch_size, generator):
+    """The numbers 0 to count - 1 in random order, as batches; a last one of less than half the size joins the one
+    before it, as batch normalisation cannot tell the variance of a handful."""
+    batches = list(torch.randperm(count, generator=generator).split(batch_size))
+    if len(batches) > 1 and 2 * len(batches[-1]) < batch_size:
+        batches[-2:] = [torch.cat(batches[-2:])]
+    return batches
+
+
+def train_batches(photos, size, batch_size, generator, plain=False, part=(0, 1), dtype=torch.float32):
+    """One epoch: every photo once, shuffled, randomly cropped and mirrored; yields (images, labels).
+
+    images: (B, 3, size, size) `dtype`, normalised; labels: (B,) int64, both on `photos.device`. plain: a
+    size x size piece of the photo as it is, instead of a random resized crop. The generator (on the CPU)
+    decides everything. part (i, n): only the i-th of n parts of every batch, for n processes side by side.
+    """
+    for index in shuffled(len(photos), batch_size, generator):
+        if plain:
+            boxes = plain_boxes(photos, index, size, generator)
+        else:
+            boxes = random_boxes(photos, index, generator)
+        flip = torch.rand(len(index), generator=generator) < 0.5
+        index, boxes, flip = (t[part[0] :: part[1]] for t in (index, boxes, flip))
+        yield resample(photos, index, boxes, size, flip, dtype), send(photos.labels[index], photos.device)
+
+
+def eval_batches(photos, size, batch_size):
+    """All photos in order, each whole frame resized to size x size (its aspect squashed, nothing cut off, so that
+    every pixel of a photo lies under its map). Yields (images, labels) like `train_batches`."""
+    for index in torch.arange(len(photos)).split(batch_size):
+        zero = torch.zeros(len(index))
+        boxes = torch.stack([zero, zero, photos.height[index], photos.width[index]], 1)
+        yield resample(photos, index, boxes, size), send(photos.labels[index], photos.device)
 
 
 # ---------------------------------------------------------------- files: whole or not at all
@@ -138,6 +350,278 @@ def progress(label, done, total, started, unit, every=0.2, state={"shown": 0.0})
     left = "" if last else f", {(total - done) / max(rate, 1e-6):.0f} s left"
     text = f"{label} {done:,.0f} of {total:,.0f} {unit} ({done / max(total, 1):.0%}), {rate:,.0f} {unit}/s{left}"
     print(f"\r{text:<90}" if sys.stderr.isatty() else text, end="\n" if last else "", file=sys.stderr, flush=True)
+
+
+# ---------------------------------------------------------------- decoding, once
+
+
+def reduced(size, side):
+    """A (width, height) whose shortest side is `side`."""
+    return tuple(round(length * side / min(size)) for length in size)
+
+
+def decode(file, name=None, side=None):
+    """A photo (path or open file) as upright RGB, (H, W, 3) uint8, whatever its mode; DataError names it.
+
+    side: px; a photo whose shortest side is larger is reduced to that.
+    """
+    raw = b""
+    try:
+        raw = file.read() if hasattr(file, "read") else Path(file).read_bytes()
+        with Image.open(io.BytesIO(raw), formats=FORMATS) as image:
+            if image.width * image.height > MAX_PIXELS:
+                raise ValueError(f"{image.width} x {image.height} pixels are more than {MAX_PIXELS:,}")
+            if side and min(image.size) > side:  # a JPEG decodes to 1/2, 1/4 or 1/8 at once, no smaller than this
+                image.draft(None, reduced(image.size, side))
+            image.load()
+            image = ImageOps.exif_transpose(image)
+            if image.mode == "F":  # floats, from 0 to 1 or to 255
+                image = np.nan_to_num(np.asarray(image))
+                image = Image.fromarray((image * (255 if image.max() <= 1 else 1)).clip(0, 255).astype(np.uint8))
+            if image.mode.startswith("I"):  # 16 bits a channel
+                image = Image.fromarray((np.asarray(image).clip(0, 65535) // 257).astype(np.uint8))
+            if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
+                image = image.convert("RGBA")  # transparent means white
+                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+            image = image.convert("RGB")
+            if side and min(image.size) > side:
+                image = image.resize(reduced(image.size, side), Image.BICUBIC)
+            return np.array(image)
+    except Exception as error:  # Pillow's decoders raise nearly every type there is on a damaged file
+        name, text = name or file, str(error) or type(error).__name__
+        if isinstance(error, UnidentifiedImageError):
+            text = "it holds no picture" if raw else "it is empty"
+        if isinstance(error, FileNotFoundError):
+            raise DataError(f"{name} does not exist: name a photo that is there") from error
+        if raw[4:8] == b"ftyp" or Path(str(name)).suffix.lower() in UNREAD:  # whatever a phone calls it
+            raise DataError(f"{name} is in a format that is not read here (HEIC, AVIF): convert it to JPEG") from error
+        raise DataError(f"{name} cannot be read as a photo ({text}): replace or remove it") from error
+
+
+def pixels_path(folder, split):
+    """The file of a split's pixels: in the folder of the photos, or in ./data where that one is read-only."""
+    folder = Path(folder)
+    if os.access(folder, os.W_OK):
+        return folder / f"{split}.pixels"
+    folder, cache = folder.resolve(), Path("data")
+    cache.mkdir(exist_ok=True)
+    return cache / f"{folder.name}-{hashlib.sha256(os.fsencode(folder)).hexdigest()[:12]}-{split}.pixels"
+
+
+def load(folder, split, skip_bad=False, side=None):
+    """The `split` ("train" or "val") of a folder that `prepare` returned, as `Photos`, decoding it if nobody has yet.
+
+    The pixels lie in one file (see `pixels_path`), made anew when a photo has been added, removed or changed.
+    skip_bad: a damaged photo is left out and counted, else it raises DataError. side: px, the shortest side that
+    larger photos are reduced to. Both are stored with the pixels; without them, what is stored holds.
+    """
+    photos, classes, _ = check(folder)
+    facts = [(path[len(str(folder)) :], status.st_size, status.st_mtime_ns)
+             for path in photos[split] for status in [os.stat(path)]]
+    key = hashlib.sha256(repr([classes, facts]).encode()).hexdigest()
+    packed = pixels_path(folder, split)
+    with lock(packed):
+        index = read_index(packed) or {}
+        other = pixels_path(folder, "val" if split == "train" else "train")
+        stored = index or read_index(other) or {}  # a split alone may be gone
+        side, skip_bad = side or stored.get("side", SHORT_SIDE), skip_bad or stored.get("skip_bad", False)
+        wanted = {"key": key, "side": side}
+        if not wanted.items() <= index.items():
+            try:
+                pack(folder, split, photos[split], classes, packed, {**wanted, "skip_bad": skip_bad})
+            except PermissionError as error:  # Windows replaces no file that is mapped, by another process perhaps
+                if not wanted.items() <= (read_index(packed) or {}).items():
+                    raise DataError(f"{packed} cannot be replaced ({error.strerror}): end what uses it") from error
+            index = read_index(packed)
+    if index["bad"]:
+        print(f"{folder}, {split}: {len(index['bad'])} damaged photos left out, {index['bad'][0]}...", file=sys.stderr)
+    pixels = torch.from_numpy(np.memmap(packed, np.uint8, "c", shape=(index["pixels"], 3)))  # "c": never written back
+    height, width = torch.tensor(index["sizes"]).T.contiguous()
+    shown = [unicodedata.normalize("NFC", WORDS.get(name, name)) for name in classes]  # Macs write accents apart
+    return Photos(pixels, first_pixels(height, width), height, width, torch.tensor(index["labels"]), index["names"],
+                  shown if len(set(shown)) == len(shown) else classes, index["digests"])
+
+
+def decode_all(paths, side):
+    """Yields (pixels, digest) of each photo, or (what is wrong, None), in order. A thread per core decodes, as Pillow
+    lets go of the interpreter; no more than a few photos wait in memory."""
+
+    def read(path):
+        try:
+            raw = Path(path).read_bytes()
+            return decode(io.BytesIO(raw), path, side), hashlib.blake2b(raw, digest_size=8).hexdigest()
+        except (DataError, OSError) as error:
+            return error, None
+
+    with ThreadPoolExecutor(os.cpu_count()) as threads:
+        waiting = deque()
+        for path in paths:
+            waiting.append(threads.submit(read, path))
+            if len(waiting) > 4 * os.cpu_count():
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+
+
+def pack(folder, split, paths, classes, packed, settings):
+    """Decode `paths` into the file `packed`: all pixels, then an index in JSON, then the index's length in 8 bytes.
+    settings: what the index begins with (key, side, skip_bad)."""
+    index = {**settings, "pixels": 0, "sizes": [], "labels": [], "names": [], "digests": [], "bad": []}
+    number, started = {name: k for k, name in enumerate(classes)}, time.time()
+    decoded = decode_all(paths, settings["side"])
+    with atomic(packed) as file:
+        for done, (path, (image, digest)) in enumerate(zip(paths, decoded, strict=True), 1):
+            progress(f"decoding {folder}, {split}:", done, len(paths), started, "photos")
+            if isinstance(image, Exception):
+                if not settings["skip_bad"]:
+                    raise DataError(f"{image}, or go on without such files: `python data.py {folder} --skip-bad`, "
+                                    "once") from image
+                index["bad"].append(path)
+                continue
+            file.write(image.data)
+            *_, name, photo = Path(path).parts
+            index["pixels"] += image.shape[0] * image.shape[1]
+            index["sizes"].append(image.shape[:2])
+            index["labels"].append(number[name])
+            index["names"].append(f"{name}/{photo}")
+            index["digests"].append(digest)
+        lost = {Path(path).parent.name for path in paths} - {classes[label] for label in index["labels"]}
+        if lost:
+            raise DataError(f"{folder}, {split}: {first_names(lost)} without a single readable photo: replace what is "
+                            "damaged")
+        text = json.dumps(index).encode()
+        file.write(text + len(text).to_bytes(8, "little"))
+
+
+def read_index(packed):
+    """The index at the end of a file of pixels, or None where there is none that fits."""
+    try:
+        with open(packed, "rb") as file:
+            end = file.seek(-8, os.SEEK_END)
+            length = int.from_bytes(file.read(8), "little")
+            file.seek(end - length)
+            index = json.loads(file.read(length))
+        known = {"key", "side", "sizes", "labels", "names", "digests", "bad"}
+        return index if index.keys() >= known and index["pixels"] * 3 + length == end else None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
+
+
+# ---------------------------------------------------------------- what a folder holds
+
+
+def scan(folder):
+    """{class folder: [path of a photo, ...]}, both sorted, and the suffixes of what lies there and is no photo."""
+    classes, others = {}, []
+    for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
+        if os.path.isdir(entry.path) and not entry.name.startswith("."):  # of a link that loops it says no
+            photos = classes[entry.name] = []
+            for file in os.scandir(entry.path):
+                suffix = os.path.splitext(file.name)[1].lower()
+                is_photo = suffix in SUFFIXES and not file.name.startswith(".") and os.path.isfile(file.path)
+                photos.append(file.path) if is_photo else others.append(suffix)
+            photos.sort()
+    return classes, others
+
+
+def set_aside(paths):
+    """The photos of a class: those to train on, those to validate on. A hash of "class/name" decides, so that photos
+    that are added move no other across, but where a class is so small that its one val photo had to be chosen."""
+
+    def share(path):
+        name = "/".join(Path(path).parts[-2:])
+        return int.from_bytes(hashlib.blake2b(os.fsencode(name), digest_size=8).digest(), "big") / 2**64
+
+    if len(paths) < 2:
+        raise DataError(f"{Path(paths[0]).parent} holds one photo: a class needs two where there is no val/, as one is "
+                        "set aside to validate on")
+    ranked = sorted(paths, key=share)
+    count = min(max(1, sum(share(path) < VAL_SHARE for path in paths)), len(paths) - 1)
+    return sorted(ranked[count:]), sorted(ranked[:count])
+
+
+def check(folder):
+    """What a folder of photos holds: ({split: [path, ...]}, [class folder, ...], [remark, ...]), in sorted order.
+
+    train/<class>/ beside val/<class>/ (or valid/, validation/, test/); or train/<class>/ or <class>/ alone, of
+    which a share is set aside for "val". Raises DataError where that is not so.
+    """
+    folder, remarks = Path(folder), []
+    here = {p.name.lower(): p for p in folder.iterdir() if os.path.isdir(p)} if folder.is_dir() else {}
+    top = here.get("train", folder)
+    beside = next((here[name] for name in VAL_NAMES if name in here), None)
+    if beside and top == folder:
+        raise DataError(f"{folder / 'train'} is missing, beside {beside.name}/: it holds a folder of photos per class")
+    train, others = scan(top) if here else ({}, [])
+    if len(train) < 2:
+        raise DataError(f"{top} holds {len(train)} class folders: two or more are needed, each with the photos of a "
+                        "class; `python data.py` downloads ImageNette")
+    val, more = scan(beside) if beside else ({}, [])
+    others += more
+    unread = [suffix for suffix in others if suffix in UNREAD]
+    hint = f" ({len(unread)} of them {first_names(set(unread))}: convert them to JPEG)" if unread else ""
+    empty, unknown = [label for label in train if not train[label]], sorted(val.keys() - train.keys())
+    if empty:
+        raise DataError(f"{top / empty[0]} holds no photo that can be read here{hint}: every class needs at least one")
+    if unknown:
+        raise DataError(f"{beside / unknown[0]} is a class that {top} lacks: add its photos there, or remove it")
+    if any(val.values()):
+        lacking = [label for label in train if not val.get(label)]
+        if beside.name != "val":
+            remarks.append(f"{beside.name}/ is used to validate on")
+        if lacking:
+            remarks.append(f"no val photos of {len(lacking)} classes ({first_names(lacking)})")
+    else:
+        pairs = {label: set_aside(paths) for label, paths in train.items()}
+        train, val = ({label: pair[i] for label, pair in pairs.items()} for i in (0, 1))
+        remarks.append(f"{sum(map(len, val.values())):,} photos, about {VAL_SHARE:.0%} of each class, set aside to "
+                       "validate on, as there is no val/ with photos")
+    if others:
+        remarks.append(f"{len(others):,} entries that are no photos skipped{hint}")
+    splits = {split: [path for label in train for path in found.get(label, ())]
+              for split, found in (("train", train), ("val", val))}
+    return splits, list(train), remarks
+
+
+def prepare(source=None, root="data"):
+    """The checked folder of photos that `source` stands for; does nothing, fast, when it is there already.
+
+    source: a folder; an archive, unpacked under `root`; or None, the public ImageNette, downloaded there.
+    Raises DataError with a sentence for the user.
+    """
+    root = Path(root).expanduser()
+    folder = root / "imagenette2-160"
+    if source is None and not folder.exists():
+        source = root / Path(URL).name
+        root.mkdir(parents=True, exist_ok=True)
+        with lock(source):
+            if not source.exists():
+                download(URL, source, ARCHIVE_BYTES, ARCHIVE_MD5)
+    source = folder if source is None else Path(source).expanduser()
+    if not source.exists():
+        raise DataError(f"{source} does not exist: `python data.py` downloads ImageNette, or name a folder or an "
+                        "archive that is there (DATA= for make, --data for the scripts)")
+    if source.is_file():
+        name = re.sub(r"(\.(tgz|tar|zip|tar\.\w+))?$", "", source.name, count=1, flags=re.IGNORECASE)
+        folder = root / (name if name != source.name else f"{name}-unpacked")
+        stamp, status = folder / STAMP, source.stat()
+        identity = json.dumps({"name": source.name, "bytes": status.st_size, "mtime": status.st_mtime_ns})
+        root.mkdir(parents=True, exist_ok=True)
+        with lock(folder):
+            if not (stamp.exists() and stamp.read_text() == identity):
+                if folder.exists() and not stamp.exists():
+                    raise DataError(f"{folder} exists and did not come from {source}: use it (DATA={folder}), "
+                                    "or move it away")
+                extract(source, folder, identity)
+        source = folder
+    photos, classes, remarks = check(source)
+    counts = {split: len(paths) for split, paths in photos.items()}
+    if classes == list(CLASSES) and counts != COUNTS:
+        remarks = [f"the public ImageNette has {COUNTS['train']:,} and {COUNTS['val']:,}", *remarks]
+    counted = f"{counts['train']:,} train and {counts['val']:,} val photos of {len(classes):,} classes"
+    for line in (counted, *remarks):
+        print(f"{source}: {line}", file=sys.stderr)
+    return source
 
 
 # ---------------------------------------------------------------- getting it
@@ -267,474 +751,6 @@ def extract(archive, folder, stamp):
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     print(f"{folder}: {files:,} entries unpacked in {time.time() - started:.1f} s", file=sys.stderr)
-
-
-# ---------------------------------------------------------------- what a folder holds
-
-
-def some(names, count=5):
-    """The first names of many, for a sentence."""
-    return ", ".join(sorted(names)[:count]) + ", ..." * (len(names) > count) or "none"
-
-
-def scan(folder):
-    """{class folder: [path of a photo, ...]}, both sorted, and the suffixes of what lies there and is no photo."""
-    classes, others = {}, []
-    for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
-        if os.path.isdir(entry.path) and not entry.name.startswith("."):  # of a link that loops it says no
-            photos = classes[entry.name] = []
-            for file in os.scandir(entry.path):
-                suffix = os.path.splitext(file.name)[1].lower()
-                is_photo = suffix in SUFFIXES and not file.name.startswith(".") and os.path.isfile(file.path)
-                photos.append(file.path) if is_photo else others.append(suffix)
-            photos.sort()
-    return classes, others
-
-
-def set_aside(paths):
-    """The photos of a class: those to train on, those to validate on. A hash of "class/name" decides, so that photos
-    that are added move no other across, but where a class is so small that its one val photo had to be chosen."""
-
-    def share(path):
-        name = "/".join(Path(path).parts[-2:])
-        return int.from_bytes(hashlib.blake2b(os.fsencode(name), digest_size=8).digest(), "big") / 2**64
-
-    if len(paths) < 2:
-        raise DataError(f"{Path(paths[0]).parent} holds one photo: a class needs two where there is no val/, as one is "
-                        "set aside to validate on")
-    ranked = sorted(paths, key=share)
-    count = min(max(1, sum(share(path) < VAL_SHARE for path in paths)), len(paths) - 1)
-    return sorted(ranked[count:]), sorted(ranked[:count])
-
-
-def check(folder):
-    """What a folder of photos holds: ({split: [path, ...]}, [class folder, ...], [remark, ...]), in sorted order.
-
-    train/<class>/ beside val/<class>/ (or valid/, validation/, test/); or train/<class>/ or <class>/ alone, of
-    which a share is set aside for "val". Raises DataError where that is not so.
-    """
-    folder, remarks = Path(folder), []
-    here = {p.name.lower(): p for p in folder.iterdir() if os.path.isdir(p)} if folder.is_dir() else {}
-    top = here.get("train", folder)
-    beside = next((here[name] for name in VAL_NAMES if name in here), None)
-    if beside and top == folder:
-        raise DataError(f"{folder / 'train'} is missing, beside {beside.name}/: it holds a folder of photos per class")
-    train, others = scan(top) if here else ({}, [])
-    if len(train) < 2:
-        raise DataError(f"{top} holds {len(train)} class folders: two or more are needed, each with the photos of a "
-                        "class; `python data.py` downloads ImageNette")
-    val, more = scan(beside) if beside else ({}, [])
-    others += more
-    unread = [suffix for suffix in others if suffix in UNREAD]
-    hint = f" ({len(unread)} of them {some(set(unread))}: convert them to JPEG)" if unread else ""
-    empty, unknown = [label for label in train if not train[label]], sorted(val.keys() - train.keys())
-    if empty:
-        raise DataError(f"{top / empty[0]} holds no photo that can be read here{hint}: every class needs at least one")
-    if unknown:
-        raise DataError(f"{beside / unknown[0]} is a class that {top} lacks: add its photos there, or remove it")
-    if any(val.values()):
-        lacking = [label for label in train if not val.get(label)]
-        if beside.name != "val":
-            remarks.append(f"{beside.name}/ is used to validate on")
-        if lacking:
-            remarks.append(f"no val photos of {len(lacking)} classes ({some(lacking)})")
-    else:
-        pairs = {label: set_aside(paths) for label, paths in train.items()}
-        train, val = ({label: pair[i] for label, pair in pairs.items()} for i in (0, 1))
-        remarks.append(f"{sum(map(len, val.values())):,} photos, about {VAL_SHARE:.0%} of each class, set aside to "
-                       "validate on, as there is no val/ with photos")
-    if others:
-        remarks.append(f"{len(others):,} entries that are no photos skipped{hint}")
-    splits = {split: [path for label in train for path in found.get(label, ())]
-              for split, found in (("train", train), ("val", val))}
-    return splits, list(train), remarks
-
-
-def prepare(source=None, root="data"):
-    """The checked folder of photos that `source` stands for; does nothing, fast, when it is there already.
-
-    source: a folder; an archive, unpacked under `root`; or None, the public ImageNette, downloaded there.
-    Raises DataError with a sentence for the user.
-    """
-    root = Path(root).expanduser()
-    folder = root / "imagenette2-160"
-    if source is None and not folder.exists():
-        source = root / Path(URL).name
-        root.mkdir(parents=True, exist_ok=True)
-        with lock(source):
-            if not source.exists():
-                download(URL, source, ARCHIVE_BYTES, ARCHIVE_MD5)
-    source = folder if source is None else Path(source).expanduser()
-    if not source.exists():
-        raise DataError(f"{source} does not exist: `python data.py` downloads ImageNette, or name a folder or an "
-                        "archive that is there (DATA= for make, --data for the scripts)")
-    if source.is_file():
-        name = re.sub(r"(\.(tgz|tar|zip|tar\.\w+))?$", "", source.name, count=1, flags=re.IGNORECASE)
-        folder = root / (name if name != source.name else f"{name}-unpacked")
-        stamp, status = folder / STAMP, source.stat()
-        identity = json.dumps({"name": source.name, "bytes": status.st_size, "mtime": status.st_mtime_ns})
-        root.mkdir(parents=True, exist_ok=True)
-        with lock(folder):
-            if not (stamp.exists() and stamp.read_text() == identity):
-                if folder.exists() and not stamp.exists():
-                    raise DataError(f"{folder} exists and did not come from {source}: use it (DATA={folder}), "
-                                    "or move it away")
-                extract(source, folder, identity)
-        source = folder
-    photos, classes, remarks = check(source)
-    counts = {split: len(paths) for split, paths in photos.items()}
-    if classes == list(CLASSES) and counts != COUNTS:
-        remarks = [f"the public ImageNette has {COUNTS['train']:,} and {COUNTS['val']:,}", *remarks]
-    counted = f"{counts['train']:,} train and {counts['val']:,} val photos of {len(classes):,} classes"
-    for line in (counted, *remarks):
-        print(f"{source}: {line}", file=sys.stderr)
-    return source
-
-
-# ---------------------------------------------------------------- decoding, once
-
-
-def reduced(size, side):
-    """A (width, height) whose shortest side is `side`."""
-    return tuple(round(length * side / min(size)) for length in size)
-
-
-def decode(file, name=None, side=None):
-    """A photo (path or open file) as upright RGB, (H, W, 3) uint8, whatever its mode; DataError names it.
-
-    side: px; a photo whose shortest side is larger is reduced to that.
-    """
-    raw = b""
-    try:
-        raw = file.read() if hasattr(file, "read") else Path(file).read_bytes()
-        with Image.open(io.BytesIO(raw), formats=FORMATS) as image:
-            if image.width * image.height > MAX_PIXELS:
-                raise ValueError(f"{image.width} x {image.height} pixels are more than {MAX_PIXELS:,}")
-            if side and min(image.size) > side:  # a JPEG decodes to 1/2, 1/4 or 1/8 at once, no smaller than this
-                image.draft(None, reduced(image.size, side))
-            image.load()
-            image = ImageOps.exif_transpose(image)
-            if image.mode == "F":  # floats, from 0 to 1 or to 255
-                image = np.nan_to_num(np.asarray(image))
-                image = Image.fromarray((image * (255 if image.max() <= 1 else 1)).clip(0, 255).astype(np.uint8))
-            if image.mode.startswith("I"):  # 16 bits a channel
-                image = Image.fromarray((np.asarray(image).clip(0, 65535) // 257).astype(np.uint8))
-            if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
-                image = image.convert("RGBA")  # transparent means white
-                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-            image = image.convert("RGB")
-            if side and min(image.size) > side:
-                image = image.resize(reduced(image.size, side), Image.BICUBIC)
-            return np.array(image)
-    except Exception as error:  # Pillow's decoders raise nearly every type there is on a damaged file
-        name, text = name or file, str(error) or type(error).__name__
-        if isinstance(error, UnidentifiedImageError):
-            text = "it holds no picture" if raw else "it is empty"
-        if isinstance(error, FileNotFoundError):
-            raise DataError(f"{name} does not exist: name a photo that is there") from error
-        if raw[4:8] == b"ftyp" or Path(str(name)).suffix.lower() in UNREAD:  # whatever a phone calls it
-            raise DataError(f"{name} is in a format that is not read here (HEIC, AVIF): convert it to JPEG") from error
-        raise DataError(f"{name} cannot be read as a photo ({text}): replace or remove it") from error
-
-
-@dataclass
-class Photos:
-    """The photos of one split, decoded: plain tensors, one entry of each per photo."""
-
-    pixels: torch.Tensor  # (all pixels, 3) uint8, photo after photo, row after row; memory-mapped, or on `device`
-    start: torch.Tensor  # (N,) int64, where in `pixels` a photo begins; on the CPU, like all that follow
-    height: torch.Tensor  # (N,) int64
-    width: torch.Tensor  # (N,) int64
-    labels: torch.Tensor  # (N,) int64
-    names: list  # N paths relative to the split's folder: "n01440764/ILSVRC2012_val_00009111.JPEG"
-    classes: list = ()  # K shown names, in the order of the labels
-    digests: list = ()  # N hashes of the files' bytes
-    device: torch.device = torch.device("cpu")  # where batches arrive
-
-    def __len__(self):
-        return len(self.labels)
-
-    def __getitem__(self, i):
-        """Photo i, (H, W, 3) uint8."""
-        h, w, start = int(self.height[i]), int(self.width[i]), int(self.start[i])
-        return self.pixels[start : start + h * w].view(h, w, 3)
-
-    @property
-    def fingerprint(self):
-        """A short string that another name, file or stored size of any photo changes."""
-        facts = [self.names, list(self.digests), self.height.tolist(), self.width.tolist()]
-        return hashlib.blake2b(json.dumps(facts).encode(), digest_size=16).hexdigest()
-
-    def subset(self, index):
-        """The photos of `index` (N',) int64; the pixels are shared."""
-        chosen = index.tolist()
-        return replace(self, start=self.start[index], height=self.height[index], width=self.width[index],
-                       labels=self.labels[index], names=[self.names[i] for i in chosen],
-                       digests=[self.digests[i] for i in chosen] if self.digests else ())
-
-    def relabelled(self, classes):
-        """The photos with labels in the order of `classes`, a list of shown names; DataError names what differs."""
-        if set(classes) != set(self.classes):
-            ours, theirs = set(self.classes) - set(classes), set(classes) - set(self.classes)
-            raise DataError(f"the photos are of other classes than the network's (the photos' alone: {some(ours)}; the "
-                            f"network's alone: {some(theirs)}): name the data that it was trained on")
-        order = torch.tensor([list(classes).index(name) for name in self.classes])
-        return replace(self, labels=order[self.labels], classes=list(classes))
-
-    def to(self, device):
-        """With batches on `device`. The pixels move there if they fit: on CUDA into half of the memory that is free,
-        on MPS into the 4 GiB of one tensor. Else they stay, and every batch is moved when it is made."""
-        device = torch.device(device)
-        room = {"cuda": lambda: torch.cuda.mem_get_info(device)[0] / 2, "mps": lambda: 2**32}.get(device.type)
-        fit = self.pixels.device == device or room is None or self.pixels.numel() < room()
-        return replace(self, pixels=self.pixels.to(device) if fit else self.pixels, device=device)
-
-
-def from_arrays(images, labels=None):
-    """Photos of uint8 tensors or arrays (H, W, 3), of any sizes, kept in memory; label 0 unless given."""
-    images = [torch.as_tensor(image) for image in images]
-    height, width = (torch.tensor([image.shape[d] for image in images]) for d in (0, 1))
-    start = torch.cumsum(height * width, 0) - height * width
-    labels = torch.zeros_like(start) if labels is None else torch.as_tensor(labels)
-    return Photos(torch.cat([image.reshape(-1, 3) for image in images]), start, height, width, labels,
-                  [str(i) for i in range(len(images))])
-
-
-def shared(train, val):
-    """How many photos of `val` are, byte for byte, in `train` too."""
-    known = set(train.digests)
-    return sum(digest in known for digest in val.digests)
-
-
-def pixels_path(folder, split):
-    """The file of a split's pixels: in the folder of the photos, or in ./data where that one is read-only."""
-    folder = Path(folder)
-    if os.access(folder, os.W_OK):
-        return folder / f"{split}.pixels"
-    folder, cache = folder.resolve(), Path("data")
-    cache.mkdir(exist_ok=True)
-    return cache / f"{folder.name}-{hashlib.sha256(os.fsencode(folder)).hexdigest()[:12]}-{split}.pixels"
-
-
-def load(folder, split, skip_bad=False, side=None):
-    """The `split` ("train" or "val") of a folder that `prepare` returned, as `Photos`, decoding it if nobody has yet.
-
-    The pixels lie in one file (see `pixels_path`), made anew when a photo has been added, removed or changed.
-    skip_bad: a damaged photo is left out and counted, else it raises DataError. side: px, the shortest side that
-    larger photos are reduced to. Both are stored with the pixels; without them, what is stored holds.
-    """
-    photos, classes, _ = check(folder)
-    facts = [(path[len(str(folder)) :], status.st_size, status.st_mtime_ns)
-             for path in photos[split] for status in [os.stat(path)]]
-    key = hashlib.sha256(repr([classes, facts]).encode()).hexdigest()
-    packed = pixels_path(folder, split)
-    with lock(packed):
-        index = read_index(packed) or {}
-        other = pixels_path(folder, "val" if split == "train" else "train")
-        stored = index or read_index(other) or {}  # a split alone may be gone
-        side, skip_bad = side or stored.get("side", SHORT_SIDE), skip_bad or stored.get("skip_bad", False)
-        wanted = {"key": key, "side": side}
-        if not wanted.items() <= index.items():
-            try:
-                pack(folder, split, photos[split], classes, packed, {**wanted, "skip_bad": skip_bad})
-            except PermissionError as error:  # Windows replaces no file that is mapped, by another process perhaps
-                if not wanted.items() <= (read_index(packed) or {}).items():
-                    raise DataError(f"{packed} cannot be replaced ({error.strerror}): end what uses it") from error
-            index = read_index(packed)
-    if index["bad"]:
-        print(f"{folder}, {split}: {len(index['bad'])} damaged photos left out, {index['bad'][0]}...", file=sys.stderr)
-    pixels = torch.from_numpy(np.memmap(packed, np.uint8, "c", shape=(index["pixels"], 3)))  # "c": never written back
-    height, width = torch.tensor(index["sizes"]).T.contiguous()
-    start = torch.cumsum(height * width, 0) - height * width
-    shown = [unicodedata.normalize("NFC", WORDS.get(name, name)) for name in classes]  # Macs write accents apart
-    return Photos(pixels, start, height, width, torch.tensor(index["labels"]), index["names"],
-                  shown if len(set(shown)) == len(shown) else classes, index["digests"])
-
-
-def decode_all(paths, side):
-    """Yields (pixels, digest) of each photo, or (what is wrong, None), in order. A thread per core decodes, as Pillow
-    lets go of the interpreter; no more than a few photos wait in memory."""
-
-    def read(path):
-        try:
-            raw = Path(path).read_bytes()
-            return decode(io.BytesIO(raw), path, side), hashlib.blake2b(raw, digest_size=8).hexdigest()
-        except (DataError, OSError) as error:
-            return error, None
-
-    with ThreadPoolExecutor(os.cpu_count()) as threads:
-        waiting = deque()
-        for path in paths:
-            waiting.append(threads.submit(read, path))
-            if len(waiting) > 4 * os.cpu_count():
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
-
-
-def pack(folder, split, paths, classes, packed, settings):
-    """Decode `paths` into the file `packed`: all pixels, then an index in JSON, then the index's length in 8 bytes.
-    settings: what the index begins with (key, side, skip_bad)."""
-    index = {**settings, "pixels": 0, "sizes": [], "labels": [], "names": [], "digests": [], "bad": []}
-    number, started = {name: k for k, name in enumerate(classes)}, time.time()
-    decoded = decode_all(paths, settings["side"])
-    with atomic(packed) as file:
-        for done, (path, (image, digest)) in enumerate(zip(paths, decoded, strict=True), 1):
-            progress(f"decoding {folder}, {split}:", done, len(paths), started, "photos")
-            if isinstance(image, Exception):
-                if not settings["skip_bad"]:
-                    raise DataError(f"{image}, or go on without such files: `python data.py {folder} --skip-bad`, "
-                                    "once") from image
-                index["bad"].append(path)
-                continue
-            file.write(image.data)
-            *_, name, photo = Path(path).parts
-            index["pixels"] += image.shape[0] * image.shape[1]
-            index["sizes"].append(image.shape[:2])
-            index["labels"].append(number[name])
-            index["names"].append(f"{name}/{photo}")
-            index["digests"].append(digest)
-        lost = {Path(path).parent.name for path in paths} - {classes[label] for label in index["labels"]}
-        if lost:
-            raise DataError(f"{folder}, {split}: {some(lost)} without a single readable photo: replace what is damaged")
-        text = json.dumps(index).encode()
-        file.write(text + len(text).to_bytes(8, "little"))
-
-
-def read_index(packed):
-    """The index at the end of a file of pixels, or None where there is none that fits."""
-    try:
-        with open(packed, "rb") as file:
-            end = file.seek(-8, os.SEEK_END)
-            length = int.from_bytes(file.read(8), "little")
-            file.seek(end - length)
-            index = json.loads(file.read(length))
-        known = {"key", "side", "sizes", "labels", "names", "digests", "bad"}
-        return index if index.keys() >= known and index["pixels"] * 3 + length == end else None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return None
-
-
-# ---------------------------------------------------------------- batches
-
-
-def filter_weights(start, length, size, n, limit):
-    """How much each of n pixels of a line adds to each of `size` output pixels: (B, size, n), rows sum to 1.
-
-    start, length: (B,) the piece of the line that is resampled, in pixels; limit: (B,) where the photo ends.
-    The triangle filter of Pillow's BILINEAR, widened when shrinking so that no pixel is skipped.
-    """
-    scale = (length / size)[:, None]
-    centre = start[:, None] + (torch.arange(size, device=start.device) + 0.5) * scale  # (B, size)
-    x = torch.arange(n, device=start.device) + 0.5
-    distance = (x - centre[:, :, None]).div_(scale.clamp(min=1)[:, :, None]).abs_()  # (B, size, n)
-    weights = (1 - distance).clamp_(min=0).mul_(x < limit[:, None, None])
-    return weights.div_(weights.sum(2, keepdim=True))
-
-
-def span(start, length, size, limit):
-    """First pixel and number of pixels of a line that `filter_weights` weighs: (B,) int64 each."""
-    reach = (length / size).clamp(min=1)
-    first = (start - reach).floor().clamp(min=0)
-    return first.long(), ((start + length + reach).ceil().minimum(limit) - first).long()
-
-
-def send(tensor, device):
-    """A tensor of the CPU on `device`, without waiting for the device."""
-    if device.type == "cuda" and tensor.device.type == "cpu":
-        tensor = tensor.pin_memory()
-    return tensor.to(device, non_blocking=device.type == "cuda")
-
-
-def resample(photos, index, boxes, size, flip=None, dtype=torch.float32):
-    """Cut `boxes` out of the photos `index`, resize them to size x size and normalise: (B, 3, size, size) `dtype`.
-
-    boxes: (B, 4) float, y, x, height, width in pixels; flip: (B,) bool, mirror or not; all on the CPU, so that nothing
-    waits for a device. Resizing is linear along each axis, so a whole batch is two matrix products: rows, then columns.
-    In bfloat16, which holds every grey level exactly, they are faster, and the pixels that come out are off by a
-    quarter of a grey level on average.
-    """
-    flip = torch.zeros(len(index), dtype=torch.bool) if flip is None else flip
-    y, x, box_height, box_width = boxes.T
-    top, rows = span(y, box_height, size, photos.height[index])
-    left, cols = span(x, box_width, size, photos.width[index])
-    h, w = int(rows.max()), int(cols.max())
-    if len(index) > 1 and len(index) * h * w > MAX_BATCH:
-        halves = zip(index.chunk(2), boxes.chunk(2), flip.chunk(2), strict=True)
-        return torch.cat([resample(photos, i, box, size, mirror, dtype) for i, box, mirror in halves])
-    device = photos.pixels.device
-    images = torch.zeros(len(index), h, w, 3, dtype=dtype, device=device)  # what is needed of each, padded with zeros
-    for n, (i, t, r, s, c) in enumerate(torch.stack([index, top, rows, left, cols], 1).tolist()):
-        images[n, :r, :c] = photos[i][t : t + r, s : s + c]
-    numbers = torch.stack([y - top, box_height, rows, x - left, box_width, cols, flip])
-    y, box_height, rows, x, box_width, cols, flip = send(numbers, device)  # (B,) float32 each
-    along_y = filter_weights(y, box_height, size, h, rows).to(dtype)  # (B, size, h)
-    along_x = filter_weights(x, box_width, size, w, cols).to(dtype)  # (B, size, w)
-    along_x = torch.where(flip[:, None, None] > 0, along_x.flip(1), along_x)
-    images = torch.bmm(along_y, images.view(len(index), h, 3 * w)).view(-1, size, w, 3)
-    images = torch.einsum("nyxc,nzx->nyzc", images, along_x).contiguous()
-    mean, std = send(255 * torch.tensor([MEAN, STD]), device)
-    return send(((images - mean) / std).to(dtype), photos.device).permute(0, 3, 1, 2)  # channels-last in memory
-
-
-def random_boxes(photos, index, generator, area=CROP_AREA, ratio=4 / 3):
-    """Random resized crops (Szegedy et al. 2015): boxes (B, 4) of a share `area` of each photo, width : height
-    between 1/ratio and ratio, anywhere in it; a box that would be wider or higher than the photo is cut to fit."""
-    height, width = photos.height[index].float(), photos.width[index].float()
-    u, v, y, x = torch.rand(4, len(index), generator=generator)
-    pixels = (area[0] + (area[1] - area[0]) * u) * height * width
-    aspect = ratio ** (2 * v - 1)
-    h, w = torch.minimum((pixels / aspect).sqrt(), height), torch.minimum((pixels * aspect).sqrt(), width)
-    return torch.stack([y * (height - h), x * (width - w), h, w], 1)
-
-
-def plain_boxes(photos, index, size, generator):
-    """Random crops at the photo's own scale: boxes (B, 4) of size x size whole pixels."""
-    small = (torch.minimum(photos.height, photos.width) < size).nonzero()
-    if len(small):
-        i = int(small[0])
-        raise DataError(f"{photos.names[i]} has {int(photos.width[i])} x {int(photos.height[i])} pixels, fewer than "
-                        f"the {size} x {size} crop: use a smaller --crop, or leave --plain-crop out")
-    y, x = torch.rand(2, len(index), generator=generator)
-    room_y, room_x = photos.height[index] - size, photos.width[index] - size
-    side = torch.full_like(y, size)
-    return torch.stack([(y * (room_y + 1)).floor().minimum(room_y), (x * (room_x + 1)).floor().minimum(room_x),
-                        side, side], 1)
-
-
-def shuffled(count, batch_size, generator):
-    """The numbers 0 to count - 1 in random order, as batches; a last one of less than half the size joins the one
-    before it, as batch normalisation cannot tell the variance of a handful."""
-    batches = list(torch.randperm(count, generator=generator).split(batch_size))
-    if len(batches) > 1 and 2 * len(batches[-1]) < batch_size:
-        batches[-2:] = [torch.cat(batches[-2:])]
-    return batches
-
-
-def train_batches(photos, size, batch_size, generator, area=CROP_AREA, plain=False, part=(0, 1), dtype=torch.float32):
-    """One epoch: every photo once, shuffled, randomly cropped and mirrored; yields (images, labels).
-
-    images: (B, 3, size, size) `dtype`, normalised; labels: (B,) int64, both on `photos.device`. plain: a
-    size x size piece of the photo as it is, instead of a random resized crop. The generator (on the CPU)
-    decides everything. part (i, n): only the i-th of n parts of every batch, for n processes side by side.
-    """
-    for index in shuffled(len(photos), batch_size, generator):
-        if plain:
-            boxes = plain_boxes(photos, index, size, generator)
-        else:
-            boxes = random_boxes(photos, index, generator, area)
-        flip = torch.rand(len(index), generator=generator) < 0.5
-        index, boxes, flip = (t[part[0] :: part[1]] for t in (index, boxes, flip))
-        yield resample(photos, index, boxes, size, flip, dtype), send(photos.labels[index], photos.device)
-
-
-def eval_batches(photos, size, batch_size):
-    """All photos in order, each whole frame resized to size x size (its aspect squashed, nothing cut off, so that
-    every pixel of a photo lies under its map). Yields (images, labels) like `train_batches`."""
-    for index in torch.arange(len(photos)).split(batch_size):
-        zero = torch.zeros(len(index))
-        boxes = torch.stack([zero, zero, photos.height[index], photos.width[index]], 1)
-        yield resample(photos, index, boxes, size), send(photos.labels[index], photos.device)
 
 
 def main():
