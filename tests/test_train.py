@@ -40,6 +40,7 @@ TIMES = {"seconds", "images_per_second"}  # what may differ between two runs of 
 def arguments(demo, runs, *more, arch="cnn", epochs=EPOCHS):
     """A training of the smallest size: 60 photos of 16 x 16 px, 2 steps an epoch."""
     crop = ["--crop", "16"] if arch == "cnn" or "--unfreeze" in more else []
+    crop += ["--width", "16"] if arch == "cnn" else []
     return [arch, "--data", str(demo), "--runs", str(runs), "--device", "cpu", "--epochs", str(epochs), "--size", "16",
             "--looks", "16", *crop, "--batch-size", "32", *map(str, more)]
 
@@ -191,6 +192,46 @@ def test_orthogonalised_keeps_directions_and_evens_out_strengths(shape, dtype, e
     inner = u.T @ result @ v.T  # diagonal: the same directions
     assert (inner - inner.diag().diag()).abs().max() < error
     assert inner.diag().min() > 0.6 and inner.diag().max() < 1.3
+
+
+def test_the_products_of_orthogonalisation_are_those_of_newton_schulz():
+    """The shortcut, products of small matrices, against the steps one by one on the large one."""
+    torch.manual_seed(0)
+    for shape in ((3, 12, 40), (40, 12), (16, 16)):
+        matrices = torch.randn(shape, dtype=torch.float64)
+        x = matrices.mT if shape[-2] > shape[-1] else matrices
+        x = x / x.norm(dim=(-2, -1), keepdim=True)
+        for _ in range(3):
+            a = x @ x.mT
+            x = 3.4445 * x + (-4.7750 * a + 2.0315 * a @ a) @ x
+        x = x.mT if shape[-2] > shape[-1] else x
+        assert torch.allclose(train.orthogonalise(matrices, torch.float64), x, atol=1e-6)
+
+
+def test_the_average_is_a_mean_of_the_weights_and_statistics_of_the_latest_steps():
+    module = nn.BatchNorm1d(2)
+    average = train.Average(module)
+    values = [torch.tensor([step, -step]) ** 2 for step in map(float, range(1, 101))]
+    for step, value in enumerate(values, 1):
+        module.weight.data, module.running_mean = value.clone(), 2 * value
+        average.update(module)
+        if step == 1:
+            assert torch.equal(average.module.weight, value)  # what it began with counts for nothing
+    shares = [1 - (1 - 1 / step) ** 16 for step in range(1, 101)]
+    expected, left = torch.zeros(2), 1.0
+    for value, share in zip(reversed(values), reversed(shares), strict=True):  # weights that sum to 1
+        expected, left = expected + left * share * value, left * (1 - share)
+    assert left == pytest.approx(0, abs=1e-6)
+    assert torch.allclose(average.module.weight, expected, rtol=1e-4)
+    assert torch.allclose(average.module.running_mean, 2 * expected, rtol=1e-4)
+    assert not average.module.training and not average.module.weight.requires_grad
+
+
+def test_what_is_validated_and_kept_is_the_average(trained):
+    last, best = models.read(trained / "last.pt"), models.read(trained / "best.pt")
+    assert not same(last["network"], last["average"])
+    if best["epoch"] == EPOCHS:
+        assert same(best["state"], last["average"])
 
 
 def test_no_gradient_is_orthogonalised_to_no_step():
@@ -467,9 +508,13 @@ def test_a_run_leaves_these_files(trained):
     accuracy = [float(row["val_accuracy"]) for row in rows]
 
     config = json.loads((trained / "config.json").read_text())
-    assert {"arch": "cnn", "epochs": EPOCHS, "crop": 16, "seed": 0, "photos": [60, 20]}.items() <= config.items()
-    assert {"lr", "batch_size", "weight_decay", "device", "precision", "torch", "threads"} <= config.keys()
+    recipe = config["recipe"]
+    assert (recipe["arch"], recipe["epochs"], recipe["crop"], recipe["seed"]) == ("cnn", EPOCHS, 16, 0)
+    assert recipe["photos"] == [60, 20] and {"lr", "batch_size", "weight_decay", "width"} <= recipe.keys()
+    assert {"command", "parameters", "device", "precision", "threads", "processes", "machine"} <= config.keys()
     result = json.loads((trained / "result.json").read_text())
+    assert config.items() <= result.items() and result["seconds"] > 0
+    assert (result["epochs_to_72"], result["seconds_to_72"]) == (None, None)  # it does not get that far
     assert result["best_accuracy"] == max(accuracy) and result["last_accuracy"] == accuracy[-1]
     assert result["best_epoch"] == accuracy.index(max(accuracy)) + 1
     with Image.open(trained / "curves.png") as picture:
