@@ -39,7 +39,6 @@ import unicodedata
 import urllib.error
 import urllib.request
 import zipfile
-import zlib
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -319,8 +318,7 @@ def atomic(path):
 def lock(path, wait=True):
     """Hold `path`.lock, so that of several processes one works and the others wait for its result.
 
-    wait=False: DataError where another process holds it. Without locks (Windows, some network drives) nobody waits:
-    two may do the same work, and files stay whole.
+    wait=False: DataError where another process holds it. Without locks (Windows, some network drives) nobody waits.
     """
     with open(f"{path}.lock", "w") as file:
         held = fcntl is not None
@@ -334,30 +332,28 @@ def lock(path, wait=True):
             fcntl.flock(file, fcntl.LOCK_EX)
         except OSError:
             held = False
-        for left in Path(path).parent.glob(f"{glob.escape(Path(path).name)}.[0-9]*.part") if held else ():
-            shutil.rmtree(left) if left.is_dir() else left.unlink()  # by a process that was killed
+        if held:  # so whoever left something half written was killed
+            for part in Path(path).parent.glob(f"{glob.escape(Path(path).name)}.[0-9]*.part"):
+                shutil.rmtree(part) if part.is_dir() else part.unlink()
         yield
 
 
-def progress(label, done, total, started, unit, every=0.2, state={"shown": 0.0}):  # noqa: B006
-    """One line that rewrites itself on a terminal, and that is written once, at the end, in a log."""
-    now = time.time()
-    last = done >= total
-    if not last and (now - state["shown"] < every or not sys.stderr.isatty()):
+def progress(label, done, total, started, unit):
+    """Say how far something is: on a terminal in one line that rewrites itself, in a log once, at the end."""
+    now, last, terminal = time.time(), done >= total, sys.stderr.isatty()
+    if not last and (not terminal or now - progress.shown < 0.2):
         return
-    state["shown"] = now
+    progress.shown = now
     rate = done / max(now - started, 1e-6)
     left = "" if last else f", {(total - done) / max(rate, 1e-6):.0f} s left"
     text = f"{label} {done:,.0f} of {total:,.0f} {unit} ({done / max(total, 1):.0%}), {rate:,.0f} {unit}/s{left}"
-    print(f"\r{text:<90}" if sys.stderr.isatty() else text, end="\n" if last else "", file=sys.stderr, flush=True)
+    print(f"\r{text:<90}" if terminal else text, end="\n" if last else "", file=sys.stderr, flush=True)
+
+
+progress.shown = 0.0  # the time when it last wrote
 
 
 # ---------------------------------------------------------------- decoding, once
-
-
-def reduced(size, side):
-    """A (width, height) whose shortest side is `side`."""
-    return tuple(round(length * side / min(size)) for length in size)
 
 
 def decode(file, name=None, side=None):
@@ -365,7 +361,7 @@ def decode(file, name=None, side=None):
 
     side: px; a photo whose shortest side is larger is reduced to that.
     """
-    raw = b""
+    raw, name = b"", name or file
     try:
         raw = file.read() if hasattr(file, "read") else Path(file).read_bytes()
         with Image.open(io.BytesIO(raw), formats=FORMATS) as image:
@@ -374,72 +370,38 @@ def decode(file, name=None, side=None):
             if side and min(image.size) > side:  # a JPEG decodes to 1/2, 1/4 or 1/8 at once, no smaller than this
                 image.draft(None, reduced(image.size, side))
             image.load()
-            image = ImageOps.exif_transpose(image)
-            if image.mode == "F":  # floats, from 0 to 1 or to 255
-                image = np.nan_to_num(np.asarray(image))
-                image = Image.fromarray((image * (255 if image.max() <= 1 else 1)).clip(0, 255).astype(np.uint8))
-            if image.mode.startswith("I"):  # 16 bits a channel
-                image = Image.fromarray((np.asarray(image).clip(0, 65535) // 257).astype(np.uint8))
-            if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
-                image = image.convert("RGBA")  # transparent means white
-                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-            image = image.convert("RGB")
+            image = to_rgb(ImageOps.exif_transpose(image))
             if side and min(image.size) > side:
                 image = image.resize(reduced(image.size, side), Image.BICUBIC)
             return np.array(image)
+    except FileNotFoundError as error:
+        raise DataError(f"{name} does not exist: name a photo that is there") from error
     except Exception as error:  # Pillow's decoders raise nearly every type there is on a damaged file
-        name, text = name or file, str(error) or type(error).__name__
-        if isinstance(error, UnidentifiedImageError):
-            text = "it holds no picture" if raw else "it is empty"
-        if isinstance(error, FileNotFoundError):
-            raise DataError(f"{name} does not exist: name a photo that is there") from error
         if raw[4:8] == b"ftyp" or Path(str(name)).suffix.lower() in UNREAD:  # whatever a phone calls it
             raise DataError(f"{name} is in a format that is not read here (HEIC, AVIF): convert it to JPEG") from error
-        raise DataError(f"{name} cannot be read as a photo ({text}): replace or remove it") from error
+        reason = str(error) or type(error).__name__
+        if isinstance(error, UnidentifiedImageError):
+            reason = "it holds no picture" if raw else "it is empty"
+        raise DataError(f"{name} cannot be read as a photo ({reason}): replace or remove it") from error
 
 
-def pixels_path(folder, split):
-    """The file of a split's pixels: in the folder of the photos, or in ./data where that one is read-only."""
-    folder = Path(folder)
-    if os.access(folder, os.W_OK):
-        return folder / f"{split}.pixels"
-    folder, cache = folder.resolve(), Path("data")
-    cache.mkdir(exist_ok=True)
-    return cache / f"{folder.name}-{hashlib.sha256(os.fsencode(folder)).hexdigest()[:12]}-{split}.pixels"
+def reduced(size, side):
+    """A (width, height) of the same aspect whose shortest side is `side`."""
+    return tuple(round(length * side / min(size)) for length in size)
 
 
-def load(folder, split, skip_bad=False, side=None):
-    """The `split` ("train" or "val") of a folder that `prepare` returned, as `Photos`, decoding it if nobody has yet.
-
-    The pixels lie in one file (see `pixels_path`), made anew when a photo has been added, removed or changed.
-    skip_bad: a damaged photo is left out and counted, else it raises DataError. side: px, the shortest side that
-    larger photos are reduced to. Both are stored with the pixels; without them, what is stored holds.
-    """
-    photos, classes, _ = check(folder)
-    facts = [(path[len(str(folder)) :], status.st_size, status.st_mtime_ns)
-             for path in photos[split] for status in [os.stat(path)]]
-    key = hashlib.sha256(repr([classes, facts]).encode()).hexdigest()
-    packed = pixels_path(folder, split)
-    with lock(packed):
-        index = read_index(packed) or {}
-        other = pixels_path(folder, "val" if split == "train" else "train")
-        stored = index or read_index(other) or {}  # a split alone may be gone
-        side, skip_bad = side or stored.get("side", SHORT_SIDE), skip_bad or stored.get("skip_bad", False)
-        wanted = {"key": key, "side": side}
-        if not wanted.items() <= index.items():
-            try:
-                pack(folder, split, photos[split], classes, packed, {**wanted, "skip_bad": skip_bad})
-            except PermissionError as error:  # Windows replaces no file that is mapped, by another process perhaps
-                if not wanted.items() <= (read_index(packed) or {}).items():
-                    raise DataError(f"{packed} cannot be replaced ({error.strerror}): end what uses it") from error
-            index = read_index(packed)
-    if index["bad"]:
-        print(f"{folder}, {split}: {len(index['bad'])} damaged photos left out, {index['bad'][0]}...", file=sys.stderr)
-    pixels = torch.from_numpy(np.memmap(packed, np.uint8, "c", shape=(index["pixels"], 3)))  # "c": never written back
-    height, width = torch.tensor(index["sizes"]).T.contiguous()
-    shown = [unicodedata.normalize("NFC", WORDS.get(name, name)) for name in classes]  # Macs write accents apart
-    return Photos(pixels, first_pixels(height, width), height, width, torch.tensor(index["labels"]), index["names"],
-                  shown if len(set(shown)) == len(shown) else classes, index["digests"])
+def to_rgb(image):
+    """A PIL image of any mode in RGB; what is transparent becomes white."""
+    if image.mode == "F":  # floats, from 0 to 1 or to 255
+        levels = np.nan_to_num(np.asarray(image))
+        levels = levels * 255 if levels.max() <= 1 else levels
+        image = Image.fromarray(levels.clip(0, 255).astype(np.uint8))
+    elif image.mode.startswith("I"):  # 16 bits
+        image = Image.fromarray((np.asarray(image).clip(0, 65535) // 257).astype(np.uint8))
+    if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
 
 
 def decode_all(paths, side):
@@ -463,14 +425,23 @@ def decode_all(paths, side):
             yield waiting.popleft().result()
 
 
-def pack(folder, split, paths, classes, packed, settings):
-    """Decode `paths` into the file `packed`: all pixels, then an index in JSON, then the index's length in 8 bytes.
+def pixels_path(folder, split):
+    """The file of a split's pixels: in the folder of the photos, or in ./data where that one is read-only."""
+    folder = Path(folder)
+    if os.access(folder, os.W_OK):
+        return folder / f"{split}.pixels"
+    folder, cache = folder.resolve(), Path("data")
+    cache.mkdir(exist_ok=True)
+    return cache / f"{folder.name}-{hashlib.sha256(os.fsencode(folder)).hexdigest()[:12]}-{split}.pixels"
+
+
+def pack(folder, split, paths, classes, settings):
+    """Decode `paths` into one file: all pixels, then an index in JSON, then the index's length in 8 bytes.
     settings: what the index begins with (key, side, skip_bad)."""
     index = {**settings, "pixels": 0, "sizes": [], "labels": [], "names": [], "digests": [], "bad": []}
-    number, started = {name: k for k, name in enumerate(classes)}, time.time()
-    decoded = decode_all(paths, settings["side"])
-    with atomic(packed) as file:
-        for done, (path, (image, digest)) in enumerate(zip(paths, decoded, strict=True), 1):
+    label_of, started = {name: label for label, name in enumerate(classes)}, time.time()
+    with atomic(pixels_path(folder, split)) as file:
+        for done, (path, (image, digest)) in enumerate(zip(paths, decode_all(paths, settings["side"]), strict=True), 1):
             progress(f"decoding {folder}, {split}:", done, len(paths), started, "photos")
             if isinstance(image, Exception):
                 if not settings["skip_bad"]:
@@ -482,10 +453,10 @@ def pack(folder, split, paths, classes, packed, settings):
             *_, name, photo = Path(path).parts
             index["pixels"] += image.shape[0] * image.shape[1]
             index["sizes"].append(image.shape[:2])
-            index["labels"].append(number[name])
+            index["labels"].append(label_of[name])
             index["names"].append(f"{name}/{photo}")
             index["digests"].append(digest)
-        lost = {Path(path).parent.name for path in paths} - {classes[label] for label in index["labels"]}
+        lost = {Path(path).parent.name for path in index["bad"]} - {classes[label] for label in index["labels"]}
         if lost:
             raise DataError(f"{folder}, {split}: {first_names(lost)} without a single readable photo: replace what is "
                             "damaged")
@@ -493,18 +464,51 @@ def pack(folder, split, paths, classes, packed, settings):
         file.write(text + len(text).to_bytes(8, "little"))
 
 
-def read_index(packed):
-    """The index at the end of a file of pixels, or None where there is none that fits."""
+def read_index(folder, split):
+    """The index of a split's file of pixels; {} where there is none, or it does not fit."""
     try:
-        with open(packed, "rb") as file:
+        with open(pixels_path(folder, split), "rb") as file:
             end = file.seek(-8, os.SEEK_END)
             length = int.from_bytes(file.read(8), "little")
             file.seek(end - length)
             index = json.loads(file.read(length))
-        known = {"key", "side", "sizes", "labels", "names", "digests", "bad"}
-        return index if index.keys() >= known and index["pixels"] * 3 + length == end else None
+        complete = index.keys() >= {"key", "side", "sizes", "labels", "names", "digests", "bad"}
+        return index if complete and index["pixels"] * 3 + length == end else {}
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return None
+        return {}
+
+
+def load(folder, split, skip_bad=False, side=None):
+    """The `split` ("train" or "val") of a folder that `prepare` returned, as `Photos`, decoding it if nobody has yet.
+
+    The pixels lie in one file (see `pixels_path`), made anew when a photo has been added, removed or changed.
+    skip_bad: a damaged photo is left out and counted, else it raises DataError. side: px, the shortest side that
+    larger photos are reduced to. Both are stored with the pixels; without them, what is stored holds.
+    """
+    folder, packed = Path(folder), pixels_path(folder, split)
+    photos, classes, _ = check(folder)
+    facts = [(path[len(str(folder)) :], status.st_size, status.st_mtime_ns)
+             for path in photos[split] for status in [os.stat(path)]]
+    key = hashlib.sha256(repr([classes, facts]).encode()).hexdigest()
+    with lock(packed):
+        index = read_index(folder, split)
+        stored = index or read_index(folder, "val" if split == "train" else "train")  # one of them may be lost
+        wanted = {"key": key, "side": side or stored.get("side", SHORT_SIDE)}
+        if not wanted.items() <= index.items():
+            try:
+                skip_bad = skip_bad or stored.get("skip_bad", False)
+                pack(folder, split, photos[split], classes, {**wanted, "skip_bad": skip_bad})
+            except PermissionError as error:  # Windows replaces no file that is mapped, by another process perhaps
+                if not wanted.items() <= read_index(folder, split).items():
+                    raise DataError(f"{packed} cannot be replaced ({error.strerror}): end what uses it") from error
+            index = read_index(folder, split)
+    if index["bad"]:
+        print(f"{folder}, {split}: {len(index['bad'])} damaged photos left out, {index['bad'][0]}...", file=sys.stderr)
+    pixels = torch.from_numpy(np.memmap(packed, np.uint8, "c", shape=(index["pixels"], 3)))  # "c": never written back
+    height, width = torch.tensor(index["sizes"]).T.contiguous()
+    shown = [unicodedata.normalize("NFC", WORDS.get(name, name)) for name in classes]  # Macs write accents apart
+    return Photos(pixels, first_pixels(height, width), height, width, torch.tensor(index["labels"]), index["names"],
+                  shown if len(set(shown)) == len(shown) else classes, index["digests"])
 
 
 # ---------------------------------------------------------------- what a folder holds
@@ -512,16 +516,17 @@ def read_index(packed):
 
 def scan(folder):
     """{class folder: [path of a photo, ...]}, both sorted, and the suffixes of what lies there and is no photo."""
-    classes, others = {}, []
+    classes, skipped = {}, []
     for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
-        if os.path.isdir(entry.path) and not entry.name.startswith("."):  # of a link that loops it says no
-            photos = classes[entry.name] = []
-            for file in os.scandir(entry.path):
-                suffix = os.path.splitext(file.name)[1].lower()
-                is_photo = suffix in SUFFIXES and not file.name.startswith(".") and os.path.isfile(file.path)
-                photos.append(file.path) if is_photo else others.append(suffix)
-            photos.sort()
-    return classes, others
+        if entry.name.startswith(".") or not os.path.isdir(entry.path):  # of a link that loops it says no
+            continue
+        photos = classes[entry.name] = []
+        for file in os.scandir(entry.path):
+            suffix = os.path.splitext(file.name)[1].lower()
+            is_photo = suffix in SUFFIXES and not file.name.startswith(".") and os.path.isfile(file.path)
+            photos.append(file.path) if is_photo else skipped.append(suffix)
+        photos.sort()
+    return classes, skipped
 
 
 def set_aside(paths):
@@ -547,38 +552,43 @@ def check(folder):
     which a share is set aside for "val". Raises DataError where that is not so.
     """
     folder, remarks = Path(folder), []
-    here = {p.name.lower(): p for p in folder.iterdir() if os.path.isdir(p)} if folder.is_dir() else {}
-    top = here.get("train", folder)
-    beside = next((here[name] for name in VAL_NAMES if name in here), None)
-    if beside and top == folder:
-        raise DataError(f"{folder / 'train'} is missing, beside {beside.name}/: it holds a folder of photos per class")
-    train, others = scan(top) if here else ({}, [])
-    if len(train) < 2:
-        raise DataError(f"{top} holds {len(train)} class folders: two or more are needed, each with the photos of a "
-                        "class; `python data.py` downloads ImageNette")
-    val, more = scan(beside) if beside else ({}, [])
-    others += more
-    unread = [suffix for suffix in others if suffix in UNREAD]
+    inside = {p.name.lower(): p for p in folder.iterdir() if os.path.isdir(p)} if folder.is_dir() else {}
+    train_folder = inside.get("train", folder)
+    val_folder = next((inside[name] for name in VAL_NAMES if name in inside), None)
+    if val_folder and "train" not in inside:
+        raise DataError(f"{folder / 'train'} is missing, beside {val_folder.name}/: it holds a folder of photos per "
+                        "class")
+    train, skipped = scan(train_folder) if inside else ({}, [])
+    val, skipped_in_val = scan(val_folder) if val_folder else ({}, [])
+    skipped += skipped_in_val
+    unread = [suffix for suffix in skipped if suffix in UNREAD]
     hint = f" ({len(unread)} of them {first_names(set(unread))}: convert them to JPEG)" if unread else ""
-    empty, unknown = [label for label in train if not train[label]], sorted(val.keys() - train.keys())
-    if empty:
-        raise DataError(f"{top / empty[0]} holds no photo that can be read here{hint}: every class needs at least one")
-    if unknown:
-        raise DataError(f"{beside / unknown[0]} is a class that {top} lacks: add its photos there, or remove it")
+
+    if len(train) < 2:
+        raise DataError(f"{train_folder} holds {len(train)} class folders: two or more are needed, each with the "
+                        "photos of a class; `python data.py` downloads ImageNette")
+    for name, paths in train.items():
+        if not paths:
+            raise DataError(f"{train_folder / name} holds no photo that can be read here{hint}: every class needs at "
+                            "least one")
+    for name in val:
+        if name not in train:
+            raise DataError(f"{val_folder / name} is a class that {train_folder} lacks: add its photos there, or "
+                            "remove it")
+
     if any(val.values()):
-        lacking = [label for label in train if not val.get(label)]
-        if beside.name != "val":
-            remarks.append(f"{beside.name}/ is used to validate on")
-        if lacking:
+        if val_folder.name != "val":
+            remarks.append(f"{val_folder.name}/ is used to validate on")
+        if lacking := [name for name in train if not val.get(name)]:
             remarks.append(f"no val photos of {len(lacking)} classes ({first_names(lacking)})")
     else:
-        pairs = {label: set_aside(paths) for label, paths in train.items()}
-        train, val = ({label: pair[i] for label, pair in pairs.items()} for i in (0, 1))
+        for name, paths in train.items():
+            train[name], val[name] = set_aside(paths)
         remarks.append(f"{sum(map(len, val.values())):,} photos, about {VAL_SHARE:.0%} of each class, set aside to "
                        "validate on, as there is no val/ with photos")
-    if others:
-        remarks.append(f"{len(others):,} entries that are no photos skipped{hint}")
-    splits = {split: [path for label in train for path in found.get(label, ())]
+    if skipped:
+        remarks.append(f"{len(skipped):,} entries that are no photos skipped{hint}")
+    splits = {split: [path for name in train for path in found.get(name, ())]
               for split, found in (("train", train), ("val", val))}
     return splits, list(train), remarks
 
@@ -590,30 +600,20 @@ def prepare(source=None, root="data"):
     Raises DataError with a sentence for the user.
     """
     root = Path(root).expanduser()
-    folder = root / "imagenette2-160"
-    if source is None and not folder.exists():
-        source = root / Path(URL).name
-        root.mkdir(parents=True, exist_ok=True)
-        with lock(source):
-            if not source.exists():
-                download(URL, source, ARCHIVE_BYTES, ARCHIVE_MD5)
-    source = folder if source is None else Path(source).expanduser()
+    if source is None:
+        source = root / "imagenette2-160"
+        if not source.exists():
+            source = root / Path(URL).name
+            root.mkdir(parents=True, exist_ok=True)
+            with lock(source):
+                if not source.exists():
+                    download(URL, source, ARCHIVE_BYTES, ARCHIVE_MD5)
+    source = Path(source).expanduser()
     if not source.exists():
         raise DataError(f"{source} does not exist: `python data.py` downloads ImageNette, or name a folder or an "
                         "archive that is there (DATA= for make, --data for the scripts)")
     if source.is_file():
-        name = re.sub(r"(\.(tgz|tar|zip|tar\.\w+))?$", "", source.name, count=1, flags=re.IGNORECASE)
-        folder = root / (name if name != source.name else f"{name}-unpacked")
-        stamp, status = folder / STAMP, source.stat()
-        identity = json.dumps({"name": source.name, "bytes": status.st_size, "mtime": status.st_mtime_ns})
-        root.mkdir(parents=True, exist_ok=True)
-        with lock(folder):
-            if not (stamp.exists() and stamp.read_text() == identity):
-                if folder.exists() and not stamp.exists():
-                    raise DataError(f"{folder} exists and did not come from {source}: use it (DATA={folder}), "
-                                    "or move it away")
-                extract(source, folder, identity)
-        source = folder
+        source = unpacked(source, root)
     photos, classes, remarks = check(source)
     counts = {split: len(paths) for split, paths in photos.items()}
     if classes == list(CLASSES) and counts != COUNTS:
@@ -624,7 +624,7 @@ def prepare(source=None, root="data"):
     return source
 
 
-# ---------------------------------------------------------------- getting it
+# ---------------------------------------------------------------- archives
 
 
 def download(url, target, size, md5, tries=6, timeout=30):
@@ -641,23 +641,12 @@ def download(url, target, size, md5, tries=6, timeout=30):
         if attempt:
             time.sleep(min(2**attempt, 30) / 2)
         try:
-            request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
-            with urllib.request.urlopen(request, timeout=timeout) as reply:
-                have = have if reply.status == 206 else 0  # 200: this server has no Range, start again
-                started, before = time.time(), have
-                with open(part, "ab" if have else "wb") as file:
-                    while chunk := reply.read1(1 << 18):
-                        file.write(chunk)
-                        have += len(chunk)
-                        progress(f"{target.name}:", (have - before) / 1e6, (size - before) / 1e6, started, "MB")
-                        if have > size:
-                            break
-        except urllib.error.HTTPError as failure:
-            if failure.code < 500 and failure.code != 429:
-                raise DataError(f"{url} answers {failure.code} ({failure.reason}): get the archive elsewhere "
-                                "and name it with DATA=path/to/imagenette2-160.tgz") from failure
-            error = failure
+            receive(url, part, have, size, timeout)
         except (urllib.error.URLError, http.client.HTTPException, TimeoutError, ConnectionError) as failure:
+            code = getattr(failure, "code", 500)
+            if code < 500 and code != 429:
+                raise DataError(f"{url} answers {code} ({failure.reason}): get the archive elsewhere and name it with "
+                                "DATA=path/to/imagenette2-160.tgz") from failure
             error = failure
     have = part.stat().st_size if part.exists() else 0
     if have < size:
@@ -673,6 +662,92 @@ def download(url, target, size, md5, tries=6, timeout=30):
     os.replace(part, target)
 
 
+def receive(url, part, have, size, timeout):
+    """Append to the file `part`, which has `have` bytes, what `url` has after them: up to `size` bytes and no more
+    than a few beyond."""
+    request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
+    with urllib.request.urlopen(request, timeout=timeout) as reply:
+        have = have if reply.status == 206 else 0  # 200: this server has no Range, start again
+        started, before = time.time(), have
+        with open(part, "ab" if have else "wb") as file:
+            while have <= size and (chunk := reply.read1(1 << 18)):
+                file.write(chunk)
+                have += len(chunk)
+                progress(f"{part.stem}:", (have - before) / 1e6, (size - before) / 1e6, started, "MB")
+
+
+def unpacked(archive, root):
+    """The folder under `root` with the photos of `archive`, unpacked if nobody has yet."""
+    name = re.sub(r"\.(tgz|tar|zip|tar\.\w+)$", "", archive.name, flags=re.IGNORECASE)
+    folder = root / (name if name != archive.name else f"{name}-unpacked")
+    stamp, status = folder / STAMP, archive.stat()
+    identity = json.dumps({"name": archive.name, "bytes": status.st_size, "mtime": status.st_mtime_ns})
+    root.mkdir(parents=True, exist_ok=True)
+    with lock(folder):
+        if folder.exists() and not stamp.exists():
+            raise DataError(f"{folder} exists and did not come from {archive}: use it (DATA={folder}), or move it away")
+        if not folder.exists() or stamp.read_text() != identity:
+            extract(archive, folder, identity)
+    return folder
+
+
+def extract(archive, folder, stamp):
+    """Unpack an archive, its top folder becoming `folder`, with the text `stamp` in it; all of it or nothing."""
+    temporary, started = Path(f"{folder}.{os.getpid()}.part"), time.time()
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        temporary.mkdir()
+        files = write_members(archive, temporary)
+        top = temporary
+        while len(inside := [p for p in top.iterdir() if p.is_dir() and not p.name.startswith(".")]) == 1:
+            if inside[0].name.lower() == "train":
+                break
+            top = inside[0]  # a folder around all the others
+        try:
+            check(top)
+        except DataError as error:
+            raise DataError(f"{archive} cannot be used: {str(error).replace(str(top), folder.name)}") from error
+        (top / STAMP).write_text(stamp)
+        if folder.exists():
+            shutil.rmtree(folder)
+        os.replace(top, folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    print(f"{folder}: {files:,} entries unpacked in {time.time() - started:.1f} s", file=sys.stderr)
+
+
+def write_members(archive, folder):
+    """Write all files of an archive below `folder`; returns how many. DataError where it is damaged or would harm."""
+    files, size, room = 0, 0, shutil.disk_usage(folder).free - SPARE_BYTES
+    try:
+        for name, length, file in members(archive):
+            files, size = files + 1, size + length
+            if files > MAX_FILES or size > room:
+                raise DataError(f"{archive} holds more than fits here ({MAX_FILES:,} files, or {max(room, 0):,} bytes, "
+                                f"which leave {SPARE_BYTES:,} free on the disk): not unpacked")
+            path = PureWindowsPath(name)  # knows both slashes, and drives
+            if path.anchor or ".." in path.parts:
+                raise DataError(f"{archive} would write outside its folder ({name}): not unpacked")
+            if "__MACOSX" in path.parts:  # a Mac's notes on each file
+                continue
+            target = folder.joinpath(*path.parts)
+            (target.parent if file else target).mkdir(parents=True, exist_ok=True)
+            if file:
+                with file, open(target, "wb") as copy:
+                    shutil.copyfileobj(file, copy)
+                    if copy.tell() != length:
+                        raise EOFError(f"{name} ends early")
+    except DataError:
+        raise
+    except Exception as error:  # zipfile, tarfile and what is under them raise a dozen types on a damaged file
+        damage = (IsADirectoryError, NotADirectoryError, FileExistsError)  # a file in a file
+        if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL) and not isinstance(error, damage):
+            raise  # of the disk, not of the archive
+        raise DataError(f"{archive} is cut short, damaged or no .tgz, .tar or .zip that can be read ({error}): nothing "
+                        "was unpacked; get it again") from error
+    return files
+
+
 def members(archive):
     """All that a .zip or a .tar, compressed or not, holds: (name, bytes, open file, or None for a folder)."""
     with open(archive, "rb") as file:
@@ -685,72 +760,18 @@ def members(archive):
                         raise DataError(f"{archive} holds a link or a device ({info.filename}): not unpacked")
                     yield info.filename, info.file_size, None if info.is_dir() else archive_file.open(info)
             return
-        packing = {b"\x1f\x8b": gzip, b"BZ": bz2, b"\xfd7": lzma}.get(magic)
-        stream = packing.open(file) if packing else file
-        with tarfile.open(fileobj=stream, mode="r|") as tar:
+        compression = {b"\x1f\x8b": gzip, b"BZ": bz2, b"\xfd7": lzma}.get(magic)
+        with tarfile.open(fileobj=compression.open(file) if compression else file, mode="r|") as tar:
             for info in tar:
                 if not (info.isfile() or info.isdir()):
                     raise DataError(f"{archive} holds a link or a device ({info.name}): not unpacked")
                 yield info.name, info.size, None if info.isdir() else tar.extractfile(info)
-            end = tar.fileobj.read(512)  # zeros, as all that follow to the end, where gzip keeps its checksum
+            # tarfile takes any damage for the end, after which there must be zeros. Reading them all, gzip compares
+            # its checksum.
+            end = tar.fileobj.read(512)
             rest = iter(lambda: tar.fileobj.read(1 << 16), b"")
             if not end or end.strip(b"\0") or any(block.strip(b"\0") for block in rest):
                 raise EOFError("its last part is missing")
-
-
-def unpack(archive, folder):
-    """Write all files of an archive below `folder`; returns how many. What could do harm raises DataError."""
-    files, size, room = 0, 0, shutil.disk_usage(folder.parent).free - SPARE_BYTES
-    for name, length, file in members(archive):
-        files, size = files + 1, size + length
-        if files > MAX_FILES or size > room:
-            raise DataError(f"{archive} holds more than fits here ({MAX_FILES:,} files, or {max(room, 0):,} bytes, "
-                            f"which leave {SPARE_BYTES:,} free on the disk): not unpacked")
-        inside = PureWindowsPath(name)  # knows both slashes, and drives
-        if inside.anchor or ".." in inside.parts:
-            raise DataError(f"{archive} would write outside its folder ({name}): not unpacked")
-        if "__MACOSX" in inside.parts:  # a Mac's notes on each file
-            continue
-        target = folder.joinpath(*inside.parts)
-        (target.parent if file else target).mkdir(parents=True, exist_ok=True)
-        if file:
-            with file, open(target, "wb") as copy:
-                shutil.copyfileobj(file, copy)
-                if copy.tell() != length:
-                    raise EOFError(f"{name} ends early")
-    return files
-
-
-def extract(archive, folder, stamp):
-    """Unpack an archive safely, its top folder becoming `folder`, with the text `stamp` in it; all of it or nothing."""
-    temporary, started = Path(f"{folder}.{os.getpid()}.part"), time.time()
-    shutil.rmtree(temporary, ignore_errors=True)
-    try:
-        temporary.mkdir()
-        files = unpack(archive, temporary)
-        top = temporary
-        while len(inside := [p for p in top.iterdir() if p.is_dir() and not p.name.startswith(".")]) == 1:
-            if inside[0].name.lower() == "train":
-                break
-            top = inside[0]  # a folder around all the others
-        try:
-            check(top)
-        except DataError as error:
-            raise DataError(f"{archive} cannot be used: {str(error).replace(str(top), folder.name)}") from error
-        (top / STAMP).write_text(stamp)
-        if os.path.lexists(folder):
-            shutil.rmtree(folder)
-        os.replace(top, folder)
-    except (EOFError, zlib.error, lzma.LZMAError, tarfile.TarError, zipfile.BadZipFile, OverflowError, RuntimeError,
-            OSError) as error:  # RuntimeError: zip, encrypted or unusual
-        damage = (IsADirectoryError, NotADirectoryError, FileExistsError, gzip.BadGzipFile)
-        if isinstance(error, OSError) and not (isinstance(error, damage) or error.errno in (None, errno.EINVAL)):
-            raise  # of the disk, not of the archive
-        raise DataError(f"{archive} is cut short, damaged or no .tgz, .tar or .zip that can be read ({error}): nothing "
-                        "was unpacked; get it again") from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-    print(f"{folder}: {files:,} entries unpacked in {time.time() - started:.1f} s", file=sys.stderr)
 
 
 def main():
