@@ -17,17 +17,13 @@ A crop is a box in pixels, and cropping, resizing and mirroring a whole batch is
 """
 
 import argparse
-import bz2
 import contextlib
 import errno
 import glob
-import gzip
 import hashlib
 import http.client
 import io
 import json
-import lzma
-import math
 import os
 import re
 import shutil
@@ -39,7 +35,6 @@ import unicodedata
 import urllib.error
 import urllib.request
 import zipfile
-import zlib
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -51,7 +46,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 try:
     import fcntl
-except ImportError:  # Windows: no lock, so two processes may do the same work twice; files stay whole
+except ImportError:  # Windows
     fcntl = None
 
 URL = "https://s3.amazonaws.com/fast-ai-imageclas/imagenette2-160.tgz"
@@ -68,8 +63,7 @@ WORDS = CLASSES | {  # and Imagewoof's; all others are shown by their folder's n
     "n02105641": "Old English sheepdog", "n02111889": "Samoyed", "n02115641": "dingo",
 }
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, RGB in 0..1
-CROP_AREA = (0.35, 1.0)  # least and largest share of a photo that a random resized crop shows
-CROP_RATIO = 4 / 3  # its largest width : height, and height : width
+CROP_AREA, CROP_RATIO = (0.35, 1.0), 4 / 3  # share of a photo that a random resized crop shows; its longest shape
 MAX_BATCH = 2**25  # pixels that are resampled at a time, padding included: 0.4 GB in float32
 SUFFIXES = {".jpeg", ".jpg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm"}
 FORMATS = ("JPEG", "PNG", "BMP", "GIF", "TIFF", "WEBP", "PPM")  # Pillow gives PostScript to Ghostscript, to be run
@@ -86,7 +80,7 @@ class DataError(Exception):
     """Something the user can mend; the message is one sentence that says what and how."""
 
 
-# ---------------------------------------------------------------- photos in memory
+# ---------------------------------------------------------------- photos
 
 
 @dataclass
@@ -128,7 +122,7 @@ class Photos:
         """The photos with labels in the order of `classes`, a list of shown names; DataError names what differs."""
         ours, theirs = set(self.classes) - set(classes), set(classes) - set(self.classes)
         if ours or theirs:
-            raise DataError(f"the photos are of other classes than the network's (the photos' alone: "
+            raise DataError("the photos are of other classes than the network's (the photos' alone: "
                             f"{first_names(ours)}; the network's alone: {first_names(theirs)}): name the data that it "
                             "was trained on")
         order = torch.tensor([list(classes).index(name) for name in self.classes])
@@ -137,7 +131,7 @@ class Photos:
     def to(self, device):
         """The photos with batches on `device`. The pixels move there if they fit: on CUDA into half of the memory that
         is free, on MPS into the 4 GiB of one tensor. Else they stay: crops are made on the CPU and moved (`send`)."""
-        device, room = torch.device(device), math.inf
+        device, room = torch.device(device), float("inf")
         if device.type == "cuda":
             room = torch.cuda.mem_get_info(device)[0] / 2
         elif device.type == "mps":
@@ -219,12 +213,10 @@ def resample(photos, index, boxes, size, flip=None, dtype=torch.float32):
     if len(index) > 1 and len(index) * h * w > MAX_BATCH:
         halves = zip(index.chunk(2), boxes.chunk(2), flip.chunk(2), strict=True)
         return torch.cat([resample(photos, i, box, size, mirror, dtype) for i, box, mirror in halves])
-
     device = photos.pixels.device
     images = torch.zeros(len(index), h, w, 3, dtype=dtype, device=device)  # what is needed of each, padded with zeros
     for n, (i, t, r, s, c) in enumerate(torch.stack([index, top, rows, left, cols], 1).tolist()):
         images[n, :r, :c] = photos[i][t : t + r, s : s + c]
-
     geometry = torch.stack([y - top, box_height, rows, x - left, box_width, cols, flip])
     y, box_height, rows, x, box_width, cols, flip = send(geometry, device)  # (B,) float32 each
     along_y = filter_weights(y, box_height, size, h, rows).to(dtype)  # (B, size, h)
@@ -278,10 +270,7 @@ def train_batches(photos, size, batch_size, generator, plain=False, part=(0, 1),
     decides everything. part (i, n): only the i-th of n parts of every batch, for n processes side by side.
     """
     for index in shuffled(len(photos), batch_size, generator):
-        if plain:
-            boxes = plain_boxes(photos, index, size, generator)
-        else:
-            boxes = random_boxes(photos, index, generator)
+        boxes = plain_boxes(photos, index, size, generator) if plain else random_boxes(photos, index, generator)
         flip = torch.rand(len(index), generator=generator) < 0.5
         index, boxes, flip = (t[part[0] :: part[1]] for t in (index, boxes, flip))
         yield resample(photos, index, boxes, size, flip, dtype), send(photos.labels[index], photos.device)
@@ -319,45 +308,35 @@ def atomic(path):
 def lock(path, wait=True):
     """Hold `path`.lock, so that of several processes one works and the others wait for its result.
 
-    wait=False: DataError where another process holds it. Without locks (Windows, some network drives) nobody waits:
-    two may do the same work, and files stay whole.
+    wait=False: DataError where another process holds it. Without locks (Windows, some network drives) nobody waits.
     """
     with open(f"{path}.lock", "w") as file:
-        held = fcntl is not None
         try:
             if fcntl:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                for part in Path(path).parent.glob(f"{glob.escape(Path(path).name)}.[0-9]*.part"):
+                    shutil.rmtree(part) if part.is_dir() else part.unlink()  # left by a process that was killed
         except BlockingIOError:
             if not wait:
                 raise DataError(f"{path} is in use by another process: wait until it ends") from None
             print(f"waiting for another process that is making {path}", file=sys.stderr)
             fcntl.flock(file, fcntl.LOCK_EX)
-        except OSError:
-            held = False
-        for left in Path(path).parent.glob(f"{glob.escape(Path(path).name)}.[0-9]*.part") if held else ():
-            shutil.rmtree(left) if left.is_dir() else left.unlink()  # by a process that was killed
+        except OSError:  # this file system has no locks
+            pass
         yield
 
 
-def progress(label, done, total, started, unit, every=0.2, state={"shown": 0.0}):  # noqa: B006
+def progress(label, done, total, started, unit):
     """One line that rewrites itself on a terminal, and that is written once, at the end, in a log."""
-    now = time.time()
-    last = done >= total
-    if not last and (now - state["shown"] < every or not sys.stderr.isatty()):
-        return
-    state["shown"] = now
-    rate = done / max(now - started, 1e-6)
-    left = "" if last else f", {(total - done) / max(rate, 1e-6):.0f} s left"
-    text = f"{label} {done:,.0f} of {total:,.0f} {unit} ({done / max(total, 1):.0%}), {rate:,.0f} {unit}/s{left}"
-    print(f"\r{text:<90}" if sys.stderr.isatty() else text, end="\n" if last else "", file=sys.stderr, flush=True)
+    last, terminal = done >= total, sys.stderr.isatty()
+    if last or terminal:
+        rate = done / max(time.time() - started, 1e-6)
+        left = "" if last else f", {(total - done) / max(rate, 1e-6):.0f} s left"
+        text = f"{label} {done:,.0f} of {total:,.0f} {unit} ({done / max(total, 1):.0%}), {rate:,.0f} {unit}/s{left}"
+        print(f"\r{text:<90}" if terminal else text, end="\n" if last else "", file=sys.stderr, flush=True)
 
 
 # ---------------------------------------------------------------- decoding, once
-
-
-def reduced(size, side):
-    """A (width, height) whose shortest side is `side`."""
-    return tuple(round(length * side / min(size)) for length in size)
 
 
 def decode(file, name=None, side=None):
@@ -365,7 +344,7 @@ def decode(file, name=None, side=None):
 
     side: px; a photo whose shortest side is larger is reduced to that.
     """
-    raw = b""
+    raw, name = b"", name or file
     try:
         raw = file.read() if hasattr(file, "read") else Path(file).read_bytes()
         with Image.open(io.BytesIO(raw), formats=FORMATS) as image:
@@ -374,28 +353,53 @@ def decode(file, name=None, side=None):
             if side and min(image.size) > side:  # a JPEG decodes to 1/2, 1/4 or 1/8 at once, no smaller than this
                 image.draft(None, reduced(image.size, side))
             image.load()
-            image = ImageOps.exif_transpose(image)
-            if image.mode == "F":  # floats, from 0 to 1 or to 255
-                image = np.nan_to_num(np.asarray(image))
-                image = Image.fromarray((image * (255 if image.max() <= 1 else 1)).clip(0, 255).astype(np.uint8))
-            if image.mode.startswith("I"):  # 16 bits a channel
-                image = Image.fromarray((np.asarray(image).clip(0, 65535) // 257).astype(np.uint8))
-            if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
-                image = image.convert("RGBA")  # transparent means white
-                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-            image = image.convert("RGB")
+            image = to_rgb(ImageOps.exif_transpose(image))
             if side and min(image.size) > side:
                 image = image.resize(reduced(image.size, side), Image.BICUBIC)
             return np.array(image)
+    except FileNotFoundError as error:
+        raise DataError(f"{name} does not exist: name a photo that is there") from error
     except Exception as error:  # Pillow's decoders raise nearly every type there is on a damaged file
-        name, text = name or file, str(error) or type(error).__name__
-        if isinstance(error, UnidentifiedImageError):
-            text = "it holds no picture" if raw else "it is empty"
-        if isinstance(error, FileNotFoundError):
-            raise DataError(f"{name} does not exist: name a photo that is there") from error
         if raw[4:8] == b"ftyp" or Path(str(name)).suffix.lower() in UNREAD:  # whatever a phone calls it
             raise DataError(f"{name} is in a format that is not read here (HEIC, AVIF): convert it to JPEG") from error
-        raise DataError(f"{name} cannot be read as a photo ({text}): replace or remove it") from error
+        reason = str(error) or type(error).__name__
+        if isinstance(error, UnidentifiedImageError):
+            reason = "it holds no picture" if raw else "it is empty"
+        raise DataError(f"{name} cannot be read as a photo ({reason}): replace or remove it") from error
+
+
+def reduced(size, side):
+    """A (width, height) of the same aspect whose shortest side is `side`."""
+    return tuple(round(length * side / min(size)) for length in size)
+
+
+def to_rgb(image):
+    """An image of any mode in RGB, 8 bits a channel, white where it is transparent."""
+    if image.mode == "F" or image.mode.startswith("I"):
+        levels = np.nan_to_num(np.asarray(image, np.float64))
+        white = 65535 if image.mode != "F" else 255 if levels.max() > 1 else 1  # 16 bits; or floats
+        image = Image.fromarray((levels * 255 / white).clip(0, 255).astype(np.uint8))
+    if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
+
+
+def decode_all(paths, side):
+    """Yields of each photo, in order, the future of (pixels, digest), whose result() may raise DataError or OSError.
+    A thread per core decodes, as Pillow lets go of the interpreter; no more than a few photos wait in memory."""
+
+    def read(path):
+        raw = Path(path).read_bytes()
+        return decode(io.BytesIO(raw), path, side), hashlib.blake2b(raw, digest_size=8).hexdigest()
+
+    with ThreadPoolExecutor(os.cpu_count()) as threads:
+        waiting = deque()
+        for path in paths:
+            waiting.append(threads.submit(read, path))
+            if len(waiting) > 4 * os.cpu_count():
+                yield waiting.popleft()
+        yield from waiting
 
 
 def pixels_path(folder, split):
@@ -408,6 +412,52 @@ def pixels_path(folder, split):
     return cache / f"{folder.name}-{hashlib.sha256(os.fsencode(folder)).hexdigest()[:12]}-{split}.pixels"
 
 
+def pack(folder, split, paths, classes, settings):
+    """Decode the photos `paths` into one file: all pixels, an index in JSON, the length of the index in 8 bytes.
+    settings: the key, side and skip_bad that the index keeps. Returns the index."""
+    index = {**settings, "pixels": 0, "sizes": [], "labels": [], "names": [], "digests": [], "bad": []}
+    label_of, started = {name: label for label, name in enumerate(classes)}, time.time()
+    decoded = zip(paths, decode_all(paths, settings["side"]), strict=True)
+    with atomic(pixels_path(folder, split)) as file:
+        for done, (path, future) in enumerate(decoded, 1):
+            try:
+                image, digest = future.result()
+            except (DataError, OSError) as error:
+                if not settings["skip_bad"]:
+                    raise DataError(f"{error}, or leave such files out: python data.py {folder} --skip-bad") from error
+                index["bad"].append(path)
+                continue
+            finally:
+                progress(f"decoding {folder}, {split}:", done, len(paths), started, "photos")
+            file.write(image.data)
+            *_, name, photo = Path(path).parts
+            index["pixels"] += image.shape[0] * image.shape[1]
+            index["sizes"].append(image.shape[:2])
+            index["labels"].append(label_of[name])
+            index["names"].append(f"{name}/{photo}")
+            index["digests"].append(digest)
+        lost = {Path(path).parent.name for path in index["bad"]} - {classes[label] for label in index["labels"]}
+        if lost:
+            raise DataError(f"{folder}, {split}: {first_names(lost)} without a single readable photo: replace some")
+        text = json.dumps(index).encode()
+        file.write(text + len(text).to_bytes(8, "little"))
+    return index
+
+
+def read_index(folder, split):
+    """The index at the end of a split's file of pixels; {} where there is none that fits."""
+    try:
+        with open(pixels_path(folder, split), "rb") as file:
+            end = file.seek(-8, os.SEEK_END)
+            length = int.from_bytes(file.read(8), "little")
+            file.seek(end - length)
+            index = json.loads(file.read(length))
+        complete = index.keys() >= {"key", "side", "sizes", "labels", "names", "digests", "bad"}
+        return index if complete and index["pixels"] * 3 + length == end else {}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return {}
+
+
 def load(folder, split, skip_bad=False, side=None):
     """The `split` ("train" or "val") of a folder that `prepare` returned, as `Photos`, decoding it if nobody has yet.
 
@@ -415,24 +465,24 @@ def load(folder, split, skip_bad=False, side=None):
     skip_bad: a damaged photo is left out and counted, else it raises DataError. side: px, the shortest side that
     larger photos are reduced to. Both are stored with the pixels; without them, what is stored holds.
     """
+    folder, packed = Path(folder), pixels_path(folder, split)
     photos, classes, _ = check(folder)
-    facts = [(path[len(str(folder)) :], status.st_size, status.st_mtime_ns)
-             for path in photos[split] for status in [os.stat(path)]]
-    key = hashlib.sha256(repr([classes, facts]).encode()).hexdigest()
-    packed = pixels_path(folder, split)
+    statuses = [os.stat(path) for path in photos[split]]
+    files = [(path[len(str(folder)) :], status.st_size, status.st_mtime_ns)
+             for path, status in zip(photos[split], statuses, strict=True)]
+    key = hashlib.sha256(repr([classes, files]).encode()).hexdigest()
     with lock(packed):
-        index = read_index(packed) or {}
-        other = pixels_path(folder, "val" if split == "train" else "train")
-        stored = index or read_index(other) or {}  # a split alone may be gone
-        side, skip_bad = side or stored.get("side", SHORT_SIDE), skip_bad or stored.get("skip_bad", False)
-        wanted = {"key": key, "side": side}
+        index = read_index(folder, split)
+        stored = index or read_index(folder, "val" if split == "train" else "train")  # one of them may be lost
+        wanted = {"key": key, "side": side or stored.get("side", SHORT_SIDE)}
+        skip_bad = skip_bad or stored.get("skip_bad", False)
         if not wanted.items() <= index.items():
             try:
-                pack(folder, split, photos[split], classes, packed, {**wanted, "skip_bad": skip_bad})
+                index = pack(folder, split, photos[split], classes, {**wanted, "skip_bad": skip_bad})
             except PermissionError as error:  # Windows replaces no file that is mapped, by another process perhaps
-                if not wanted.items() <= (read_index(packed) or {}).items():
+                index = read_index(folder, split)
+                if not wanted.items() <= index.items():
                     raise DataError(f"{packed} cannot be replaced ({error.strerror}): end what uses it") from error
-            index = read_index(packed)
     if index["bad"]:
         print(f"{folder}, {split}: {len(index['bad'])} damaged photos left out, {index['bad'][0]}...", file=sys.stderr)
     pixels = torch.from_numpy(np.memmap(packed, np.uint8, "c", shape=(index["pixels"], 3)))  # "c": never written back
@@ -442,86 +492,22 @@ def load(folder, split, skip_bad=False, side=None):
                   shown if len(set(shown)) == len(shown) else classes, index["digests"])
 
 
-def decode_all(paths, side):
-    """Yields (pixels, digest) of each photo, or (what is wrong, None), in order. A thread per core decodes, as Pillow
-    lets go of the interpreter; no more than a few photos wait in memory."""
-
-    def read(path):
-        try:
-            raw = Path(path).read_bytes()
-            return decode(io.BytesIO(raw), path, side), hashlib.blake2b(raw, digest_size=8).hexdigest()
-        except (DataError, OSError) as error:
-            return error, None
-
-    with ThreadPoolExecutor(os.cpu_count()) as threads:
-        waiting = deque()
-        for path in paths:
-            waiting.append(threads.submit(read, path))
-            if len(waiting) > 4 * os.cpu_count():
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
-
-
-def pack(folder, split, paths, classes, packed, settings):
-    """Decode `paths` into the file `packed`: all pixels, then an index in JSON, then the index's length in 8 bytes.
-    settings: what the index begins with (key, side, skip_bad)."""
-    index = {**settings, "pixels": 0, "sizes": [], "labels": [], "names": [], "digests": [], "bad": []}
-    number, started = {name: k for k, name in enumerate(classes)}, time.time()
-    decoded = decode_all(paths, settings["side"])
-    with atomic(packed) as file:
-        for done, (path, (image, digest)) in enumerate(zip(paths, decoded, strict=True), 1):
-            progress(f"decoding {folder}, {split}:", done, len(paths), started, "photos")
-            if isinstance(image, Exception):
-                if not settings["skip_bad"]:
-                    raise DataError(f"{image}, or go on without such files: `python data.py {folder} --skip-bad`, "
-                                    "once") from image
-                index["bad"].append(path)
-                continue
-            file.write(image.data)
-            *_, name, photo = Path(path).parts
-            index["pixels"] += image.shape[0] * image.shape[1]
-            index["sizes"].append(image.shape[:2])
-            index["labels"].append(number[name])
-            index["names"].append(f"{name}/{photo}")
-            index["digests"].append(digest)
-        lost = {Path(path).parent.name for path in paths} - {classes[label] for label in index["labels"]}
-        if lost:
-            raise DataError(f"{folder}, {split}: {first_names(lost)} without a single readable photo: replace what is "
-                            "damaged")
-        text = json.dumps(index).encode()
-        file.write(text + len(text).to_bytes(8, "little"))
-
-
-def read_index(packed):
-    """The index at the end of a file of pixels, or None where there is none that fits."""
-    try:
-        with open(packed, "rb") as file:
-            end = file.seek(-8, os.SEEK_END)
-            length = int.from_bytes(file.read(8), "little")
-            file.seek(end - length)
-            index = json.loads(file.read(length))
-        known = {"key", "side", "sizes", "labels", "names", "digests", "bad"}
-        return index if index.keys() >= known and index["pixels"] * 3 + length == end else None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return None
-
-
 # ---------------------------------------------------------------- what a folder holds
 
 
 def scan(folder):
     """{class folder: [path of a photo, ...]}, both sorted, and the suffixes of what lies there and is no photo."""
-    classes, others = {}, []
+    classes, skipped = {}, []
     for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
-        if os.path.isdir(entry.path) and not entry.name.startswith("."):  # of a link that loops it says no
-            photos = classes[entry.name] = []
-            for file in os.scandir(entry.path):
-                suffix = os.path.splitext(file.name)[1].lower()
-                is_photo = suffix in SUFFIXES and not file.name.startswith(".") and os.path.isfile(file.path)
-                photos.append(file.path) if is_photo else others.append(suffix)
-            photos.sort()
-    return classes, others
+        if entry.name.startswith((".", "__MACOSX")) or not os.path.isdir(entry.path):  # which a link that loops is not
+            continue
+        photos = classes[entry.name] = []
+        for file in os.scandir(entry.path):
+            suffix = os.path.splitext(file.name)[1].lower()
+            is_photo = suffix in SUFFIXES and not file.name.startswith(".") and os.path.isfile(file.path)
+            photos.append(file.path) if is_photo else skipped.append(suffix)
+        photos.sort()
+    return classes, skipped
 
 
 def set_aside(paths):
@@ -533,8 +519,7 @@ def set_aside(paths):
         return int.from_bytes(hashlib.blake2b(os.fsencode(name), digest_size=8).digest(), "big") / 2**64
 
     if len(paths) < 2:
-        raise DataError(f"{Path(paths[0]).parent} holds one photo: a class needs two where there is no val/, as one is "
-                        "set aside to validate on")
+        raise DataError(f"{Path(paths[0]).parent} holds one photo: a class needs two where there is no val/")
     ranked = sorted(paths, key=share)
     count = min(max(1, sum(share(path) < VAL_SHARE for path in paths)), len(paths) - 1)
     return sorted(ranked[count:]), sorted(ranked[:count])
@@ -547,39 +532,39 @@ def check(folder):
     which a share is set aside for "val". Raises DataError where that is not so.
     """
     folder, remarks = Path(folder), []
-    here = {p.name.lower(): p for p in folder.iterdir() if os.path.isdir(p)} if folder.is_dir() else {}
-    top = here.get("train", folder)
-    beside = next((here[name] for name in VAL_NAMES if name in here), None)
-    if beside and top == folder:
-        raise DataError(f"{folder / 'train'} is missing, beside {beside.name}/: it holds a folder of photos per class")
-    train, others = scan(top) if here else ({}, [])
-    if len(train) < 2:
-        raise DataError(f"{top} holds {len(train)} class folders: two or more are needed, each with the photos of a "
-                        "class; `python data.py` downloads ImageNette")
-    val, more = scan(beside) if beside else ({}, [])
-    others += more
-    unread = [suffix for suffix in others if suffix in UNREAD]
+    inside = {p.name.lower(): p for p in folder.iterdir() if os.path.isdir(p)} if folder.is_dir() else {}
+    train_folder = inside.get("train", folder)
+    val_folder = next((inside[name] for name in VAL_NAMES if name in inside), None)
+    if val_folder and train_folder == folder:
+        raise DataError(f"{folder / 'train'} is missing, beside {val_folder.name}/: it holds a folder for each class")
+    train, skipped = scan(train_folder) if inside else ({}, [])
+    val, skipped_in_val = scan(val_folder) if val_folder else ({}, [])
+    skipped += skipped_in_val
+    unread = [suffix for suffix in skipped if suffix in UNREAD]
     hint = f" ({len(unread)} of them {first_names(set(unread))}: convert them to JPEG)" if unread else ""
-    empty, unknown = [label for label in train if not train[label]], sorted(val.keys() - train.keys())
-    if empty:
-        raise DataError(f"{top / empty[0]} holds no photo that can be read here{hint}: every class needs at least one")
-    if unknown:
-        raise DataError(f"{beside / unknown[0]} is a class that {top} lacks: add its photos there, or remove it")
+
+    if len(train) < 2:
+        raise DataError(f"{train_folder} holds {len(train)} class folders: two or more are needed, each with the "
+                        "photos of a class; `python data.py` downloads ImageNette")
+    if empty := [name for name in train if not train[name]]:
+        raise DataError(f"{train_folder / empty[0]} holds no photo that can be read here{hint}: every class needs one")
+    if unknown := [name for name in val if name not in train]:
+        raise DataError(f"{val_folder / unknown[0]} is a class that {train_folder} lacks: add its photos there, or "
+                        "remove it")
     if any(val.values()):
-        lacking = [label for label in train if not val.get(label)]
-        if beside.name != "val":
-            remarks.append(f"{beside.name}/ is used to validate on")
-        if lacking:
+        if val_folder.name != "val":
+            remarks.append(f"{val_folder.name}/ is used to validate on")
+        if lacking := [name for name in train if not val.get(name)]:
             remarks.append(f"no val photos of {len(lacking)} classes ({first_names(lacking)})")
     else:
-        pairs = {label: set_aside(paths) for label, paths in train.items()}
-        train, val = ({label: pair[i] for label, pair in pairs.items()} for i in (0, 1))
+        for name, paths in train.items():
+            train[name], val[name] = set_aside(paths)
         remarks.append(f"{sum(map(len, val.values())):,} photos, about {VAL_SHARE:.0%} of each class, set aside to "
                        "validate on, as there is no val/ with photos")
-    if others:
-        remarks.append(f"{len(others):,} entries that are no photos skipped{hint}")
-    splits = {split: [path for label in train for path in found.get(label, ())]
-              for split, found in (("train", train), ("val", val))}
+    if skipped:
+        remarks.append(f"{len(skipped):,} entries that are no photos skipped{hint}")
+    splits = {"train": [path for name in train for path in train[name]],
+              "val": [path for name in train for path in val.get(name, ())]}
     return splits, list(train), remarks
 
 
@@ -590,48 +575,36 @@ def prepare(source=None, root="data"):
     Raises DataError with a sentence for the user.
     """
     root = Path(root).expanduser()
-    folder = root / "imagenette2-160"
+    folder = Path(root / "imagenette2-160" if source is None else source).expanduser()
     if source is None and not folder.exists():
-        source = root / Path(URL).name
-        root.mkdir(parents=True, exist_ok=True)
-        with lock(source):
-            if not source.exists():
-                download(URL, source, ARCHIVE_BYTES, ARCHIVE_MD5)
-    source = folder if source is None else Path(source).expanduser()
-    if not source.exists():
-        raise DataError(f"{source} does not exist: `python data.py` downloads ImageNette, or name a folder or an "
-                        "archive that is there (DATA= for make, --data for the scripts)")
-    if source.is_file():
-        name = re.sub(r"(\.(tgz|tar|zip|tar\.\w+))?$", "", source.name, count=1, flags=re.IGNORECASE)
-        folder = root / (name if name != source.name else f"{name}-unpacked")
-        stamp, status = folder / STAMP, source.stat()
-        identity = json.dumps({"name": source.name, "bytes": status.st_size, "mtime": status.st_mtime_ns})
+        folder = root / Path(URL).name
         root.mkdir(parents=True, exist_ok=True)
         with lock(folder):
-            if not (stamp.exists() and stamp.read_text() == identity):
-                if folder.exists() and not stamp.exists():
-                    raise DataError(f"{folder} exists and did not come from {source}: use it (DATA={folder}), "
-                                    "or move it away")
-                extract(source, folder, identity)
-        source = folder
-    photos, classes, remarks = check(source)
+            if not folder.exists():
+                download(URL, folder, ARCHIVE_BYTES, ARCHIVE_MD5)
+    if folder.is_file():
+        folder = unpacked(folder, root)
+    if not folder.exists():
+        raise DataError(f"{folder} does not exist: `python data.py` downloads ImageNette, or name a folder or an "
+                        "archive that is there (DATA= for make, --data for the scripts)")
+    photos, classes, remarks = check(folder)
     counts = {split: len(paths) for split, paths in photos.items()}
     if classes == list(CLASSES) and counts != COUNTS:
-        remarks = [f"the public ImageNette has {COUNTS['train']:,} and {COUNTS['val']:,}", *remarks]
+        remarks.insert(0, f"the public ImageNette has {COUNTS['train']:,} and {COUNTS['val']:,}")
     counted = f"{counts['train']:,} train and {counts['val']:,} val photos of {len(classes):,} classes"
     for line in (counted, *remarks):
-        print(f"{source}: {line}", file=sys.stderr)
-    return source
+        print(f"{folder}: {line}", file=sys.stderr)
+    return folder
 
 
-# ---------------------------------------------------------------- getting it
+# ---------------------------------------------------------------- archives
 
 
 def download(url, target, size, md5, tries=6, timeout=30):
     """Fetch `url` into `target`, going on from `target`.part where an earlier try stopped.
 
     Server errors, stalls (`timeout` seconds without a byte) and broken connections are tried again, each
-    time after a longer wait. What is left behind is `target`, whole and verified, or a .part.
+    time after a longer wait. `target` appears whole and verified, or not at all.
     """
     part, error = Path(f"{target}.part"), None
     for attempt in range(tries):
@@ -646,108 +619,112 @@ def download(url, target, size, md5, tries=6, timeout=30):
                 have = have if reply.status == 206 else 0  # 200: this server has no Range, start again
                 started, before = time.time(), have
                 with open(part, "ab" if have else "wb") as file:
-                    while chunk := reply.read1(1 << 18):
+                    while have <= size and (chunk := reply.read1(1 << 18)):
                         file.write(chunk)
                         have += len(chunk)
                         progress(f"{target.name}:", (have - before) / 1e6, (size - before) / 1e6, started, "MB")
-                        if have > size:
-                            break
-        except urllib.error.HTTPError as failure:
-            if failure.code < 500 and failure.code != 429:
-                raise DataError(f"{url} answers {failure.code} ({failure.reason}): get the archive elsewhere "
-                                "and name it with DATA=path/to/imagenette2-160.tgz") from failure
-            error = failure
         except (urllib.error.URLError, http.client.HTTPException, TimeoutError, ConnectionError) as failure:
-            error = failure
-    have = part.stat().st_size if part.exists() else 0
+            error, status = failure, getattr(failure, "code", 500)
+            if status < 500 and status != 429:
+                raise DataError(f"{url} answers {status} ({failure.reason}): get the archive elsewhere and name it "
+                                "with DATA=path/to/imagenette2-160.tgz") from failure
     if have < size:
-        raise DataError(f"cannot download {url} ({getattr(error, 'reason', error) or 'it ends early'}; {have:,} of "
-                        f"{size:,} bytes are kept and the next try goes on from there): check the network, or name "
-                        "an archive or a folder that is there already with DATA=")
+        reason = getattr(error, "reason", error) or "it ends early"
+        raise DataError(f"cannot download {url} ({reason}; {have:,} of {size:,} bytes are kept for the next try): "
+                        "check the network, or name an archive or a folder that is there already with DATA=")
     with open(part, "rb") as file:
         digest = hashlib.file_digest(file, "md5").hexdigest()
     if have != size or digest != md5:
         part.unlink()
-        raise DataError(f"{url} gave {have:,} bytes with md5 {digest}, not the {size:,} with {md5} it should be: "
-                        "removed, try again")
+        raise DataError(f"{url} gave {have:,} bytes with md5 {digest}, not {size:,} with {md5}: removed, try again")
     os.replace(part, target)
 
 
 def members(archive):
-    """All that a .zip or a .tar, compressed or not, holds: (name, bytes, open file, or None for a folder)."""
-    with open(archive, "rb") as file:
-        magic = file.read(2)
-        file.seek(0)
-        if magic == b"PK":
-            with zipfile.ZipFile(file) as archive_file:
-                for info in archive_file.infolist():
-                    if stat.S_IFMT(info.external_attr >> 16) not in (0, stat.S_IFREG, stat.S_IFDIR):
-                        raise DataError(f"{archive} holds a link or a device ({info.filename}): not unpacked")
-                    yield info.filename, info.file_size, None if info.is_dir() else archive_file.open(info)
-            return
-        packing = {b"\x1f\x8b": gzip, b"BZ": bz2, b"\xfd7": lzma}.get(magic)
-        stream = packing.open(file) if packing else file
-        with tarfile.open(fileobj=stream, mode="r|") as tar:
+    """All that a .zip or a .tar, compressed or not, holds: (name, bytes, whether it is a file or folder and no link or
+    device, open file)."""
+    if tarfile.is_tarfile(archive):
+        with tarfile.open(archive) as tar:
             for info in tar:
-                if not (info.isfile() or info.isdir()):
-                    raise DataError(f"{archive} holds a link or a device ({info.name}): not unpacked")
-                yield info.name, info.size, None if info.isdir() else tar.extractfile(info)
-            end = tar.fileobj.read(512)  # zeros, as all that follow to the end, where gzip keeps its checksum
-            rest = iter(lambda: tar.fileobj.read(1 << 16), b"")
-            if not end or end.strip(b"\0") or any(block.strip(b"\0") for block in rest):
+                plain = info.isfile() or info.isdir()
+                yield info.name, info.size, plain, tar.extractfile(info) if info.isfile() else None
+            # To tarfile, damage looks like the end. Zeros must follow, and behind them lies the checksum of a .tgz.
+            padding = [block.strip(b"\0") for block in iter(lambda: tar.fileobj.read(1 << 16), b"")]
+            if not padding or any(padding):
                 raise EOFError("its last part is missing")
+    else:
+        with zipfile.ZipFile(archive) as file:
+            for info in file.infolist():
+                plain = stat.S_IFMT(info.external_attr >> 16) in (0, stat.S_IFREG, stat.S_IFDIR)
+                yield info.filename, info.file_size, plain, None if info.is_dir() else file.open(info)
 
 
 def unpack(archive, folder):
     """Write all files of an archive below `folder`; returns how many. What could do harm raises DataError."""
-    files, size, room = 0, 0, shutil.disk_usage(folder.parent).free - SPARE_BYTES
-    for name, length, file in members(archive):
-        files, size = files + 1, size + length
-        if files > MAX_FILES or size > room:
-            raise DataError(f"{archive} holds more than fits here ({MAX_FILES:,} files, or {max(room, 0):,} bytes, "
-                            f"which leave {SPARE_BYTES:,} free on the disk): not unpacked")
-        inside = PureWindowsPath(name)  # knows both slashes, and drives
-        if inside.anchor or ".." in inside.parts:
+    count, size, room = 0, 0, shutil.disk_usage(folder).free - SPARE_BYTES
+    for name, length, plain, file in members(archive):
+        path = PureWindowsPath(name)  # knows both slashes, and drives
+        count, size = count + 1, size + length
+        if count > MAX_FILES or size > room:
+            raise DataError(f"{archive} holds more than fits here ({MAX_FILES:,} files, {max(room, 0):,} bytes): "
+                            "not unpacked; make room on the disk")
+        if not plain:
+            raise DataError(f"{archive} holds a link or a device ({name}): not unpacked")
+        if path.anchor or ".." in path.parts:
             raise DataError(f"{archive} would write outside its folder ({name}): not unpacked")
-        if "__MACOSX" in inside.parts:  # a Mac's notes on each file
+        if "__MACOSX" in path.parts:  # a Mac's notes on each file
             continue
-        target = folder.joinpath(*inside.parts)
+        target = folder.joinpath(*path.parts)
         (target.parent if file else target).mkdir(parents=True, exist_ok=True)
         if file:
             with file, open(target, "wb") as copy:
                 shutil.copyfileobj(file, copy)
                 if copy.tell() != length:
                     raise EOFError(f"{name} ends early")
-    return files
+    return count
+
+
+def unpacked(archive, root):
+    """The folder under `root` with the photos of `archive`, unpacked if nobody has yet."""
+    name = re.sub(r"\.(tgz|tar|zip|tar\.\w+)$", "", archive.name, flags=re.IGNORECASE)
+    folder = root / (name if name != archive.name else f"{name}-unpacked")
+    stamp, status = folder / STAMP, archive.stat()
+    identity = json.dumps({"name": archive.name, "bytes": status.st_size, "mtime": status.st_mtime_ns})
+    root.mkdir(parents=True, exist_ok=True)
+    with lock(folder):
+        if folder.exists() and not stamp.exists():
+            raise DataError(f"{folder} exists and did not come from {archive}: use it (DATA={folder}), or move it away")
+        if not folder.exists() or stamp.read_text() != identity:
+            extract(archive, folder, identity)
+    return folder
 
 
 def extract(archive, folder, stamp):
-    """Unpack an archive safely, its top folder becoming `folder`, with the text `stamp` in it; all of it or nothing."""
+    """Unpack an archive, its top folder becoming `folder`, with the text `stamp` in it; all of it or nothing."""
     temporary, started = Path(f"{folder}.{os.getpid()}.part"), time.time()
     shutil.rmtree(temporary, ignore_errors=True)
     try:
         temporary.mkdir()
         files = unpack(archive, temporary)
-        top = temporary
-        while len(inside := [p for p in top.iterdir() if p.is_dir() and not p.name.startswith(".")]) == 1:
-            if inside[0].name.lower() == "train":
-                break
-            top = inside[0]  # a folder around all the others
+        inside = [temporary]
+        while len(inside) == 1 and inside[0].name.lower() != "train":  # a folder around all the others
+            top = inside[0]
+            inside = [p for p in top.iterdir() if p.is_dir() and not p.name.startswith(".")]
         try:
             check(top)
         except DataError as error:
             raise DataError(f"{archive} cannot be used: {str(error).replace(str(top), folder.name)}") from error
         (top / STAMP).write_text(stamp)
-        if os.path.lexists(folder):
+        if folder.exists():
             shutil.rmtree(folder)
         os.replace(top, folder)
-    except (EOFError, zlib.error, lzma.LZMAError, tarfile.TarError, zipfile.BadZipFile, OverflowError, RuntimeError,
-            OSError) as error:  # RuntimeError: zip, encrypted or unusual
-        damage = (IsADirectoryError, NotADirectoryError, FileExistsError, gzip.BadGzipFile)
-        if isinstance(error, OSError) and not (isinstance(error, damage) or error.errno in (None, errno.EINVAL)):
+    except DataError:
+        raise
+    except Exception as error:  # zipfile, tarfile and what they read with raise nearly every type on a damaged file
+        damage = (IsADirectoryError, NotADirectoryError, FileExistsError)  # a file in a file
+        if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL) and not isinstance(error, damage):
             raise  # of the disk, not of the archive
-        raise DataError(f"{archive} is cut short, damaged or no .tgz, .tar or .zip that can be read ({error}): nothing "
-                        "was unpacked; get it again") from error
+        raise DataError(f"{archive} is cut short, damaged or no .tgz, .tar or .zip ({error}): get it again") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     print(f"{folder}: {files:,} entries unpacked in {time.time() - started:.1f} s", file=sys.stderr)
@@ -756,12 +733,12 @@ def extract(archive, folder, stamp):
 def main():
     """The command line: prepare the photos and decode them."""
     parser = argparse.ArgumentParser(description="Photos in class folders: get them, check them, decode them once.")
-    parser.add_argument("source", nargs="?", help="a folder, or a .tgz, .tar or .zip; without it, the public "
-                                                  "ImageNette is downloaded")
-    parser.add_argument("--root", default="data", help="where archives are unpacked (default: data)")
-    parser.add_argument("--skip-bad", action="store_true", help="leave damaged photos out, count them, and remember it")
-    parser.add_argument("--side", type=int, help="shortest side, in pixels, that larger photos are reduced to "
-                                                 f"(default: what is stored, or {SHORT_SIDE})")
+    add = parser.add_argument
+    add("source", nargs="?", help="a folder, or a .tgz, .tar or .zip; without it, ImageNette is downloaded")
+    add("--root", default="data", help="where archives are unpacked (default: data)")
+    add("--skip-bad", action="store_true", help="leave damaged photos out, count them, and remember it")
+    add("--side", type=int, help="shortest side, in pixels, that larger photos are reduced to (default: what is "
+                                 f"stored, or {SHORT_SIDE})")
     options = parser.parse_args()
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="backslashreplace")  # a name that this terminal has no letters for
