@@ -378,16 +378,6 @@ def draw_page(blocks, legend, dpi):
     return picture
 
 
-def map_tiles(photos, maps, texts, right, scale):
-    """Tiles of N maps over photos. scale: "row", the same for all, or "photo", each its own, written into its text."""
-    tiles = []
-    for i, photo in enumerate(photos):
-        end = scale_of(maps if scale == "row" else maps[i])
-        text = printable(texts[i]) + ("" if scale == "row" else f" ±{signed(end, end)[1:]}")
-        tiles.append(Tile(photo, text, maps[i], end, wrong=right is not None and right[i] is False))
-    return tiles
-
-
 class Row(NamedTuple):
     """What one network says of N photos."""
 
@@ -395,6 +385,19 @@ class Row(NamedTuple):
     maps: torch.Tensor  # (N, h, w), in logits, of the class that is named under each photo
     captions: list  # N of str
     right: list = None  # N of bool, or of None where the truth is unknown
+
+
+def map_tiles(photos, row, scale):
+    """The maps of a `Row` over its photos. scale: "row", the same for all, or "photo", each its own, written below."""
+    shared, tiles = scale_of(row.maps), []
+    right = row.right or [None] * len(photos)
+    for photo, class_map, caption, is_right in zip(photos, row.maps, row.captions, right, strict=True):
+        end, text = shared, printable(caption)
+        if scale == "photo":
+            end = scale_of(class_map)
+            text += f" ±{signed(end, end)[1:]}"
+        tiles.append(Tile(photo, text, class_map, end, wrong=is_right is False))
+    return tiles
 
 
 def compose(photos, titles, rows, columns=10, scale="row", legend="", dpi=300):
@@ -406,8 +409,7 @@ def compose(photos, titles, rows, columns=10, scale="row", legend="", dpi=300):
     photos = [as_photo(photo) for photo in photos]
     titled = [Tile(photo, printable(title)) for photo, title in zip(photos, titles, strict=True)]
     strips = [Strip(titled, text_above=True)]
-    for row in rows:
-        strips.append(Strip(map_tiles(photos, row.maps, row.captions, row.right, scale), row.label))
+    strips += [Strip(map_tiles(photos, row, scale), row.label) for row in rows]
     blocks = [[strip._replace(tiles=strip.tiles[first : first + columns]) for strip in strips]
               for first in range(0, len(photos), columns)]
     return draw_page(blocks, legend, dpi)
@@ -690,18 +692,18 @@ def figure(models, looks, folder, classes, images, titles, truth, seed, columns,
     finish(picture, out, "Class activation maps, in logits, of the class that each network predicts", loaded)
 
 
-def top_tiles(network, facts, photo, top, contrast, scale):
-    """Tiles of one photo: the maps of the `top` most probable classes, then that of `contrast`, two names or None."""
+def top_classes(network, facts, photo, top, contrast):
+    """A `Row` of one photo: the maps of the `top` most probable classes, then that of `contrast`, two names or None."""
     classes = list(facts["classes"])
     maps, logits, probabilities = (values[0] for values in predict_with_maps(network, facts, [photo]))
     best = probabilities.topk(min(top, len(classes))).indices.tolist()
-    texts = [f"{classes[k]} {probabilities[k]:.1%}\nlogit {signed(logits[k], 1)}" for k in best]
     shown = maps[best]
+    captions = [f"{classes[k]} {probabilities[k]:.1%}\nlogit {signed(logits[k], 1)}" for k in best]
     if contrast:
         a, b = (classes.index(name) for name in contrast)
-        texts.append(f"{classes[a]} minus {classes[b]}\nlogits {signed(logits[a] - logits[b], 1)}")
         shown = torch.cat([shown, contrast_map(maps[None], a, b)])
-    return map_tiles([photo] * len(shown), shown, texts, None, scale)
+        captions.append(f"{classes[a]} minus {classes[b]}\nlogits {signed(logits[a] - logits[b], 1)}")
+    return Row(describe(facts), shown, captions)
 
 
 def explanation_names(photos, models, out):
@@ -735,9 +737,10 @@ def explain(photos, models, looks, top, contrast, scale, dpi, out):
     for path, name in zip(paths, names, strict=True):
         photo, block = torch.from_numpy(data.decode(path)), []
         for network, facts in loaded:
+            row = top_classes(network, facts, photo, top, contrast)
             original = None if block else Tile(photo, printable(path.stem))
-            tiles = top_tiles(network, facts, photo, top, contrast, scale)
-            block.append(Strip([original, *tiles], describe(facts), text_above=True))
+            tiles = map_tiles([photo] * len(row.captions), row, scale)
+            block.append(Strip([original, *tiles], row.label, text_above=True))
         finish(draw_page([block], "", dpi), name, f"Class activation maps, in logits, of {path.name}", loaded)
 
 
@@ -817,6 +820,9 @@ def main(arguments=None):
         import models
 
         run(**named)
+    except KeyboardInterrupt:
+        print("cam.py: interrupted, nothing is left half-written", file=sys.stderr)
+        sys.exit(130)
     except ModuleNotFoundError as error:
         print(f"cam.py: {error.name}.py is missing: the commands need data.py and models.py beside cam.py, whose "
               "functions alone work without", file=sys.stderr)
@@ -824,9 +830,6 @@ def main(arguments=None):
     except (CamError, data.DataError, models.ModelError, OSError) as error:
         print(f"cam.py: {error}", file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt:
-        print("cam.py: interrupted, nothing is left half-written", file=sys.stderr)
-        sys.exit(130)
 
 
 if __name__ == "__main__":
