@@ -214,14 +214,22 @@ def blank(width, height):
     return Image.new("RGB", (width, height), "white")
 
 
-def stack(images, space):
-    """Images one below the other, `space` px apart."""
-    canvas = blank(max(image.width for image in images), sum(image.height + space for image in images) - space)
-    y = 0
+def above_each_other(images, gap):
+    """Images one below the other, `gap` px apart, beginning at the left."""
+    page, y = blank(max(image.width for image in images), sum(image.height + gap for image in images) - gap), 0
     for image in images:
-        canvas.paste(image, (0, y))
-        y += image.height + space
-    return canvas
+        page.paste(image, (0, y))
+        y += image.height + gap
+    return page
+
+
+def side_by_side(images, gap, bottom=False):
+    """Images beside each other, `gap` px apart, beginning at one height, or with their bottoms at one height."""
+    page, x = blank(sum(image.width + gap for image in images) - gap, max(image.height for image in images)), 0
+    for image in images:
+        page.paste(image, (x, page.height - image.height if bottom else 0))
+        x += image.width + gap
+    return page
 
 
 def printable(text):
@@ -315,7 +323,7 @@ def draw_tile(tile, width, height, text_above, paper):
     shown = blank(width, height)
     shown.paste(image, ((width - image.width) // 2, (height - image.height) // 2))
     text = draw_text(tile.text, width, paper, WRONG if tile.wrong else TEXT_COLOUR, centred=True)
-    return stack([text, shown] if text_above else [shown, text], paper.gap // 2)
+    return above_each_other([text, shown] if text_above else [shown, text], paper.gap // 2)
 
 
 def draw_colour_bar(end, maps, paper):
@@ -323,42 +331,35 @@ def draw_colour_bar(end, maps, paper):
     width, height = round(BAR_WIDTH * paper.point), round(BAR_HEIGHT * paper.point)
     grey = torch.full((height, width, 3), 128, dtype=torch.uint8)
     bar = Image.fromarray(overlay(grey, torch.linspace(-1, 1, width)[None], 1).numpy())
-    left, right, middle = height, height + width, (height - 1) / 2  # room for the arrowheads
-    image = blank(right + left + paper.length("logits"), height)
+    left, right, middle = height, height + width - 1, (height - 1) / 2  # room for an arrowhead at each end
+    image = blank(width + 2 * height, height)
     image.paste(bar, (left, 0))
-    pen = ImageDraw.Draw(image)
-    beyond_low, beyond_high = min(m.min() for m in maps) < -end, max(m.max() for m in maps) > end
-    for beyond, base, tip in ((beyond_low, left, left // 3), (beyond_high, right - 1, right + left * 2 // 3)):
-        if beyond:
-            pen.polygon([(base, 0), (base, height - 1), (tip, middle)], image.getpixel((base, 0)))
-    inset = 0.2 * height
-    for x, text, anchor in ((left + inset, signed(-end, end), "lm"), ((left + right) / 2, "0", "mm"),
-                            (right - inset, signed(end, end), "rm"), (right + left, "logits", "lm")):
-        pen.text((x, middle), text, "black", paper.font, anchor)
-    return image
+    pen, tip, inset = ImageDraw.Draw(image), 2 / 3 * height, 0.2 * height
+    if min(class_map.min() for class_map in maps) < -end:
+        pen.polygon([(left, 0), (left, height), (left - tip, middle)], bar.getpixel((0, 0)))
+    if max(class_map.max() for class_map in maps) > end:
+        pen.polygon([(right, 0), (right, height), (right + tip, middle)], bar.getpixel((width - 1, 0)))
+    pen.text((left + inset, middle), signed(-end, end), "black", paper.font, "lm")
+    pen.text(((left + right) / 2, middle), "0", "black", paper.font, "mm")
+    pen.text((right - inset, middle), signed(end, end), "black", paper.font, "rm")
+    return side_by_side([image, draw_text("logits", paper.length("logits"), paper, "black")], 0)
 
 
 def draw_strip(strip, widths, height, page_width, paper):
     """A strip: its tiles in columns of `widths` px, below its heading with the colour bar at the right end."""
     tiles = [draw_tile(tile, width, height, strip.text_above, paper)
              for tile, width in zip(strip.tiles, widths, strict=True)]
-    line, x = blank(sum(widths) + paper.gap * (len(widths) - 1), max(tile.height for tile in tiles)), 0
-    for tile in tiles:
-        line.paste(tile, (x, line.height - tile.height if strip.text_above else 0))  # the photos at one height
-        x += tile.width + paper.gap
+    tiles = side_by_side(tiles, paper.gap, bottom=strip.text_above)  # the photos at one height
     if not strip.heading:
-        return line
+        return tiles
     mapped = [tile for tile in strip.tiles if tile and tile.class_map is not None]
     if len({tile.scale for tile in mapped}) == 1:
-        scale = draw_colour_bar(mapped[0].scale, [as_map(tile.class_map) for tile in mapped], paper)
+        scale = draw_colour_bar(mapped[0].scale, [tile.class_map for tile in mapped], paper)
     else:
         own = "each map on its own scale (±), in logits"
-        scale = draw_text(own, paper.length(own), paper)
+        scale = draw_text(own, paper.length(own), paper, "black")
     heading = draw_text(strip.heading, page_width - scale.width - paper.gap, paper, "black")
-    top = blank(page_width, max(heading.height, scale.height))
-    top.paste(heading, (0, 0))
-    top.paste(scale, (page_width - scale.width, 0))
-    return stack([top, line], paper.gap // 2)
+    return above_each_other([side_by_side([heading, scale], paper.gap), tiles], paper.gap // 2)
 
 
 def draw_page(blocks, legend, dpi):
@@ -373,7 +374,7 @@ def draw_page(blocks, legend, dpi):
     strips = [draw_strip(strip, widths, height, width, paper)
               for block, (widths, height) in zip(blocks, layouts, strict=True) for strip in block]
     legend = f"Orange adds to the logit, blue takes from it; line: half of a map's maximum. {legend}"
-    picture = stack([*strips, draw_text(legend, width, paper)], 2 * paper.gap)
+    picture = above_each_other([*strips, draw_text(legend, width, paper)], 2 * paper.gap)
     picture.info["dpi"] = (dpi, dpi)
     return picture
 
@@ -450,18 +451,17 @@ def confusion_picture(matrix, classes, title, dpi=300):
     names = [wrap(printable(name), paper.width // 4, paper)[0] for name in classes]  # of a long one the first line
     margin = max(map(paper.length, names)) + paper.gap
     side = min((paper.width - margin) // len(names), round(48 * paper.point))
-    left, above = blank(margin, side * len(names)), blank(margin, side * len(names))
+    rows, columns = blank(margin, side * len(names)), blank(margin, side * len(names))
     for i, name in enumerate(names):
         y = (i + 0.5) * side
-        ImageDraw.Draw(left).text((margin - paper.gap, y), name, TEXT_COLOUR, paper.font, "rm")
-        ImageDraw.Draw(above).text((paper.gap, y), name, TEXT_COLOUR, paper.font, "lm")
-    table = blank(margin + left.height, margin + left.height)
-    table.paste(left, (0, margin))
-    table.paste(above.rotate(90, expand=True), (margin, 0))
-    table.paste(confusion_cells(matrix, shares, side, paper), (margin, margin))
+        ImageDraw.Draw(rows).text((margin - paper.gap, y), name, TEXT_COLOUR, paper.font, "rm")
+        ImageDraw.Draw(columns).text((paper.gap, y), name, TEXT_COLOUR, paper.font, "lm")  # to be turned upright
+    table = above_each_other([side_by_side([blank(margin, margin), columns.rotate(90, expand=True)], 0),
+                              side_by_side([rows, confusion_cells(matrix, shares, side, paper)], 0)], 0)
     width = max(table.width, paper.width // 2)
     notes = "Rows: what is there; columns: what the network says; the deeper, the larger the share of the row."
-    picture = stack([draw_text(title, width, paper, "black"), table, draw_text(notes, width, paper)], paper.gap)
+    texts = draw_text(title, width, paper, "black"), draw_text(notes, width, paper)
+    picture = above_each_other([texts[0], table, texts[1]], paper.gap)
     picture.info["dpi"] = (dpi, dpi)
     return picture
 
@@ -497,7 +497,7 @@ def save_picture(image, path):
         part.unlink(missing_ok=True)
 
 
-# ---------------------------------------------------------------- networks
+# ---------------------------------------------------------------- networks and photos
 
 
 def add_looks_option(parser):
@@ -565,9 +565,6 @@ def predict_with_maps(network, facts, photos):
     maps, logits = torch.cat(maps), torch.cat(logits)
     check_identity(maps, logits, network.head.bias)
     return maps, logits, logits.softmax(1)
-
-
-# ---------------------------------------------------------------- photos
 
 
 def check_classes(names, known):
@@ -653,7 +650,7 @@ def finish(picture, path, what, loaded):
     save_picture(picture, path)
     caption = f"{what}: {'; '.join(describe(facts) for _, facts in loaded)}."
     special = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
-    caption = "".join(special.get(c, f"\\{c}" if c in "&%$#_{}" else c) for c in caption)
+    caption = caption.translate(str.maketrans(special | {c: f"\\{c}" for c in "&%$#_{}"}))
     width = picture.width / picture.info["dpi"][0] * 2.54
     print(f"{path}\n\\includegraphics[width={width:.1f}cm]{{{Path(path).as_posix()}}}\n\\caption{{{caption}}}")
 
@@ -670,8 +667,6 @@ def row_of(label, maps, facts, labels, probabilities, truth):
 def figure(models, looks, folder, classes, images, titles, truth, seed, columns, scale, dpi, out):
     """Photos in the first row, and under them a row of maps for each network, of the class it predicts."""
     check_picture_name(out)
-    if images and classes:
-        raise CamError("--classes chooses among the photos of val, and --images names your own: leave one out")
     if not images and (titles or truth):
         raise CamError("--titles and --truth are for photos of your own: name them with --images")
     loaded = load_models(models, parse_looks(looks))
@@ -687,7 +682,8 @@ def figure(models, looks, folder, classes, images, titles, truth, seed, columns,
         rows.append(row_of(describe(facts), maps, facts, probabilities.argmax(1), probabilities, truth))
     if len(photos) > columns:
         print(f"{len(photos)} photos go into blocks of {columns}", file=sys.stderr)
-    legend = f"Above: {'what is there' if titles == truth else 'the photo'}; below: the prediction."
+    legend = f"Above: {'what is there' if titles == truth else 'the photo'}; below: the prediction"
+    legend += ", in red where it is wrong." if any(False in row.right for row in rows) else "."
     picture = compose(photos, titles, rows, columns, scale, legend, dpi)
     finish(picture, out, "Class activation maps, in logits, of the class that each network predicts", loaded)
 
@@ -764,7 +760,7 @@ def gallery(model, looks, folder, count, columns, scale, dpi, out):
     said = f"{describe(facts)}; the map of what it says"
     rows = [row_of(said, maps, facts, predicted[mistakes], probabilities, titles),
             row_of("the map of what is there", maps, facts, labels, probabilities, titles)]
-    legend = "Above: what is there; below: the class that is mapped, and how probable the network finds it."
+    legend = "Above: what is there; below: the class that is mapped, and how probable it is to the network."
     picture = compose(photos, titles, rows, columns, scale, legend, dpi)
     finish(picture, out, "The most confident mistakes on val, and class activation maps, in logits", loaded)
 
@@ -791,7 +787,7 @@ def parse_command_line(arguments):
     add("--models", nargs="+", default=["runs/resnet18/best.pt", "runs/cnn/best.pt"],
         help="checkpoints, a row of maps for each")
     add("--classes", nargs="+", help="which classes to show of val, in this order")
-    add("--images", nargs="+", help="photos of your own, folders or quoted patterns, instead of val")
+    add("--images", nargs="+", help="photos of your own, folders or quoted patterns, instead of those of val")
     add("--titles", nargs="+", help="a title for each of --images")
     add("--truth", nargs="+", help="what is there: a class for each of --images, or one for all")
     add("--seed", type=int, default=0, help="chooses the photos out of val")
