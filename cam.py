@@ -667,6 +667,8 @@ def row_of(label, maps, facts, labels, probabilities, truth):
 def figure(models, looks, folder, classes, images, titles, truth, seed, columns, scale, dpi, out):
     """Photos in the first row, and under them a row of maps for each network, of the class it predicts."""
     check_picture_name(out)
+    if images and classes:
+        raise CamError("--classes chooses among the photos of val, and --images names your own: leave one out")
     if not images and (titles or truth):
         raise CamError("--titles and --truth are for photos of your own: name them with --images")
     loaded = load_models(models, parse_looks(looks))
@@ -710,10 +712,9 @@ def explanation_names(photos, models, out):
         names = [Path(out)]
     else:
         runs = "-".join(Path(model).resolve().parent.name for model in models)
-        names = [Path(out, f"{photo.stem[:100]}-{runs}.png") for photo in photos]
-        for i, name in enumerate(names):  # photos of the same name from several folders
-            if earlier := names[:i].count(name):
-                names[i] = name.with_stem(f"{name.stem}-{earlier + 1}")
+        stems = [f"{photo.stem[:100]}-{runs}" for photo in photos]
+        numbers = [stems[:i].count(stem) + 1 for i, stem in enumerate(stems)]  # of the same name in several folders
+        names = [Path(out, f"{stem}-{n}.png" if n > 1 else f"{stem}.png") for stem, n in zip(stems, numbers, strict=True)]
     for name in names:
         check_picture_name(name)
     return names
