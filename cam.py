@@ -714,7 +714,8 @@ def explanation_names(photos, models, out):
         runs = "-".join(Path(model).resolve().parent.name for model in models)
         stems = [f"{photo.stem[:100]}-{runs}" for photo in photos]
         numbers = [stems[:i].count(stem) + 1 for i, stem in enumerate(stems)]  # of the same name in several folders
-        names = [Path(out, f"{stem}-{n}.png" if n > 1 else f"{stem}.png") for stem, n in zip(stems, numbers, strict=True)]
+        names = [Path(out, f"{stem}-{number}.png" if number > 1 else f"{stem}.png")
+                 for stem, number in zip(stems, numbers, strict=True)]
     for name in names:
         check_picture_name(name)
     return names
