@@ -460,8 +460,8 @@ def confusion_picture(matrix, classes, title, dpi=300):
                               side_by_side([rows, confusion_cells(matrix, shares, side, paper)], 0)], 0)
     width = max(table.width, paper.width // 2)
     notes = "Rows: what is there; columns: what the network says; the deeper, the larger the share of the row."
-    texts = draw_text(title, width, paper, "black"), draw_text(notes, width, paper)
-    picture = above_each_other([texts[0], table, texts[1]], paper.gap)
+    title, notes = draw_text(title, width, paper, "black"), draw_text(notes, width, paper)
+    picture = above_each_other([title, table, notes], paper.gap)
     picture.info["dpi"] = (dpi, dpi)
     return picture
 
@@ -568,7 +568,7 @@ def predict_with_maps(network, facts, photos):
 
 
 def check_classes(names, known):
-    """`names`, all of which are among the classes `known`, or a CamError. However a keyboard writes accents."""
+    """`names`, with accents as the classes `known` write them; CamError where one is none of these."""
     names = [unicodedata.normalize("NFC", name) for name in names]
     for name in names:
         if name not in known:
@@ -762,7 +762,7 @@ def gallery(model, looks, folder, count, columns, scale, dpi, out):
     said = f"{describe(facts)}; the map of what it says"
     rows = [row_of(said, maps, facts, predicted[mistakes], probabilities, titles),
             row_of("the map of what is there", maps, facts, labels, probabilities, titles)]
-    legend = "Above: what is there; below: the class that is mapped, and how probable it is to the network."
+    legend = "Above: what is there; below: the class of the map, with its probability."
     picture = compose(photos, titles, rows, columns, scale, legend, dpi)
     finish(picture, out, "The most confident mistakes on val, and class activation maps, in logits", loaded)
 
