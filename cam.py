@@ -371,10 +371,12 @@ def draw_page(blocks, legend, dpi):
         layouts.append(lay_out(block, paper, tallest))
     width = max(sum(widths) + paper.gap * (len(widths) - 1) for widths, _ in layouts)
     width = max(width, paper.width // 2)  # of the headings and the legend
-    strips = [draw_strip(strip, widths, height, width, paper)
-              for block, (widths, height) in zip(blocks, layouts, strict=True) for strip in block]
+    drawn = []
+    for block, (widths, height) in zip(blocks, layouts, strict=True):
+        strips = [draw_strip(strip, widths, height, width, paper) for strip in block]
+        drawn.append(above_each_other(strips, 2 * paper.gap))
     legend = f"Orange adds to the logit, blue takes from it; line: half of a map's maximum. {legend}"
-    picture = above_each_other([*strips, draw_text(legend, width, paper)], 2 * paper.gap)
+    picture = above_each_other([*drawn, draw_text(legend, width, paper)], 3 * paper.gap)
     picture.info["dpi"] = (dpi, dpi)
     return picture
 
