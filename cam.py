@@ -89,7 +89,7 @@ class MapsAndLogits(nn.Module):
 
 def check_identity(maps, logits, bias):
     """Raise CamError unless logits = mean of the map + bias: only then do the maps explain the logits."""
-    error = (maps.mean((2, 3)) + bias - logits).detach().abs().max()
+    error = (maps.mean((2, 3)) + bias - logits).detach().abs().max()  # NaN is refused too
     if not error <= 1e-3 * (1 + logits.abs().max()):
         raise CamError(f"the maps miss the logits by {float(error):.2g}: this network's score is not the mean of a "
                        "map plus a bias, or it holds numbers that are not finite")
@@ -287,21 +287,24 @@ class Strip(NamedTuple):
     text_above: bool = False  # the tiles, not below them
 
 
-def lay_out(block, paper, tallest):
-    """The widths of the columns and the height of the photos of a block, px: the largest that the page has room for,
-    at one height. A column is as wide as its longest word, or as its equal part of the page."""
+def lay_out(block, columns, paper):
+    """The widths of a block's columns and the one height of its photos, px, as large as the page has room for.
+
+    columns: of a full block; a block with fewer takes its share of the page. A column is no narrower than its longest
+    word, as long as that takes no more than an equal part of the page.
+    """
     photos = [tile.photo for tile in block[0].tiles]
     aspects = [photo.shape[1] / photo.shape[0] for photo in photos]
-    room = paper.width - paper.gap * (len(photos) - 1)
-    equal = room // len(photos)
-    widest = min(2 * median(aspects), equal)  # a panorama is shown lower, so that it makes the others no smaller
-    columns = zip(*([tile.text if tile else "" for tile in strip.tiles] for strip in block), strict=True)
-    words = [min(max(map(paper.length, " ".join(texts).split()), default=1), equal) for texts in columns]
+    part = (paper.width - paper.gap * (columns - 1)) // columns
+    widest = min(2 * median(aspects), part)  # a panorama is shown lower, so that it makes the others no smaller
+    texts = zip(*([tile.text if tile else "" for tile in strip.tiles] for strip in block), strict=True)
+    words = [min(max(map(paper.length, " ".join(column).split()), default=1), part) for column in texts]
 
     def widths(height):
         return [math.ceil(max(min(aspect, widest) * height, word)) for aspect, word in zip(aspects, words, strict=True)]
 
-    height = max((h for h in range(1, tallest + 1) if sum(widths(h)) <= room), default=1)
+    heights = range(1, round(TALLEST * paper.point) + 1)
+    height = max((height for height in heights if sum(widths(height)) <= part * len(photos)), default=1)
     return widths(height), height
 
 
@@ -364,11 +367,8 @@ def draw_strip(strip, widths, height, page_width, paper):
 
 def draw_page(blocks, legend, dpi):
     """A picture, at most 16 cm wide, of blocks (see `Strip`) above a legend; a PIL image that knows its dpi."""
-    paper, layouts, tallest = Paper(dpi), [], round(TALLEST * dpi / 72)
-    for block in blocks:
-        if len(block[0].tiles) < len(blocks[0][0].tiles):
-            tallest = layouts[0][1]  # a last block of few photos shows them no larger
-        layouts.append(lay_out(block, paper, tallest))
+    paper = Paper(dpi)
+    layouts = [lay_out(block, len(blocks[0][0].tiles), paper) for block in blocks]
     width = max(sum(widths) + paper.gap * (len(widths) - 1) for widths, _ in layouts)
     width = max(width, paper.width // 2)  # of the headings and the legend
     drawn = []
@@ -549,8 +549,8 @@ def describe(facts):
     if facts["accuracy"] is None:
         return f"{name}: accuracy not measured"
     split = facts.get("accuracy_on") or "val"
-    of = f"{facts['accuracy_n']:,} {split} photos" if facts.get("accuracy_n") else split
-    return f"{name}: {facts['accuracy']:.1%} of {of} right"
+    measured = f"{facts['accuracy_n']:,} {split} photos" if facts.get("accuracy_n") else split
+    return f"{name}: {facts['accuracy']:.1%} of {measured} right"
 
 
 @torch.no_grad()

@@ -807,7 +807,7 @@ def test_explain_takes_every_photo_and_shows_it_upright(call, one, tmp_path, blo
     assert [tile.class_map is None for tile in tiles] == [True, False, False, False]  # the photo once, then its maps
     (picture,) = (tmp_path / "here").glob(f"{kind.split('.')[0]}-*.png")
     with Image.open(picture) as image:
-        widths, tall = cam.lay_out([cam.Strip(tiles)], cam.Paper(72), cam.TALLEST)
+        widths, tall = cam.lay_out([cam.Strip(tiles)], 4, cam.Paper(72))
         assert image.width <= PAGE + 1 and sum(widths) <= image.width
         assert image.height <= tall + 100  # as high as the photo and its texts: no empty band
         assert tall <= max(2, 1.05 * max(widths) * height / width) or width > 2 * max(widths)
