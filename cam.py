@@ -20,6 +20,7 @@ import glob
 import math
 import os
 import sys
+import textwrap
 import unicodedata
 from pathlib import Path
 from statistics import median
@@ -35,15 +36,19 @@ from torch import nn
 # the blue-yellow axis, which nearly all colour-blind readers see.
 HUES = {"adds": 50.0, "takes": 255.0}
 CHROMA = 0.17  # at the end of the scale
-SCALE_QUANTILE = 0.98  # of the cells' |values| in a row: the end of its scale, which a few strong cells exceed
-TEXT, WRONG = (50, 50, 50), (196, 30, 30)
+SCALE_QUANTILE = 0.98  # of the |values| of a row's cells: the end of its scale, which the strongest exceed
+TEXT_COLOUR, WRONG = (50, 50, 50), (196, 30, 30)
 
-# Sizes on paper, in points (1/72 inch): a picture is at most as wide as the text of an A4 page.
-PAGE = 16 / 2.54 * 72
-TEXT_SIZES = (8, 7.5, 7)  # the largest that no word is too long for
-GAP, BAR, LINE, RIM, FRAME = 4, (84, 9), 0.6, 1.4, 1.2  # between photos; the colour bar; the line and its rim
-TALLEST, LEAST = 200, 28  # the height of a photo, the width of a column
-MOST_PHOTOS, MOST_CLASSES = 100, 50  # in a figure; in a confusion picture
+# Sizes on paper, in points (1/72 inch).
+PAGE_WIDTH = 16 / 2.54 * 72  # of the text on an A4 page: a picture is as wide, or less
+TEXT_SIZE = 7
+GAP = 4  # between photos
+BAR_WIDTH, BAR_HEIGHT = 84, 9  # of the colour bar
+LINE, RIM, FRAME = 0.6, 1.4, 1.2  # the line around a region, with its light rim; the frame of a mistake
+TALLEST = 200  # the height of a photo
+
+MOST_PHOTOS, MOST_CLASSES = 100, 50  # in a figure, in a confusion picture
+LIMITS = {"dpi": (30, 1200), "columns": (1, 10), "top": (1, 10), "count": (1, MOST_PHOTOS), "seed": (0, 2**63 - 1)}
 
 
 class CamError(Exception):
@@ -78,12 +83,13 @@ class MapsAndLogits(nn.Module):
 
     def forward(self, images):
         features = self.network.features(images)
-        return (class_activation_maps(features, self.network.head.weight), self.network.head(features.mean((2, 3))))
+        maps = class_activation_maps(features, self.network.head.weight)
+        return maps, self.network.head(features.mean((2, 3)))
 
 
 def check_identity(maps, logits, bias):
     """Raise CamError unless logits = mean of the map + bias: only then do the maps explain the logits."""
-    error = (maps.mean((2, 3)) + bias - logits).detach().abs().max()
+    error = (maps.mean((2, 3)) + bias - logits).detach().abs().max()  # NaN is refused too
     if not error <= 1e-3 * (1 + logits.abs().max()):
         raise CamError(f"the maps miss the logits by {float(error):.2g}: this network's score is not the mean of a "
                        "map plus a bias, or it holds numbers that are not finite")
@@ -115,115 +121,6 @@ def lightness(photo):
     return (linear @ linear.new_tensor([0.2126, 0.7152, 0.0722])) ** (1 / 3)
 
 
-def overlay(photo, cells, scale):
-    """A map `cells` (h, w), in logits, over a photo (see `as_photo`): (H, W, 3) uint8 of the photo's size.
-
-    The photo, in grey, gives the lightness; the map gives hue (its sign) and colourfulness, which grows in
-    proportion to it: none at 0, full at `scale`. So zero is grey, and equal steps in logits look equal.
-    """
-    photo = as_photo(photo)
-    value = (upsample(as_map(cells)[None], photo.shape[:2])[0] / float(scale)).clamp(-1, 1)
-    strength = value.abs()
-    hue = torch.deg2rad(torch.where(value > 0, HUES["adds"], HUES["takes"]))
-    light = 0.38 + 0.52 * lightness(photo)
-    light = torch.lerp(light, torch.full_like(light, 0.68), 0.55 * strength)  # colours need a middle lightness
-    lab = torch.stack([light, CHROMA * strength * hue.cos(), CHROMA * strength * hue.sin()], -1)
-    return (oklab_to_srgb(lab) * 255).round().to(torch.uint8)
-
-
-def outline(picture, cells, width=1.0, rim=2.4):
-    """A line around the region above half of the map's maximum ("focus" in score.py), on a picture (H, W, 3) uint8.
-
-    Dark, `width` px, in a light rim, `rim` px, to show on everything. With f = map - maximum / 2 the region ends where
-    f = 0, and a pixel lies |f| / |gradient of f| from there, to first order. A map that is nowhere positive has no such
-    region. Returns a new picture.
-    """
-    f = upsample(as_map(cells)[None], picture.shape[:2])[0]  # (H, W)
-    if f.max() <= 0:
-        return picture
-    inside, reach = f > f.max() / 2, math.ceil((rim + 1) / 2)
-    near = [F.max_pool2d(side[None, None].float(), 2 * reach + 1, 1, reach)[0, 0] > 0 for side in (inside, ~inside)]
-    f = f - f.max() / 2
-    steps = [f.diff(dim=d, prepend=f.narrow(d, 0, 1), append=f.narrow(d, -1, 1)).abs() for d in (0, 1)]
-    slope = torch.hypot(steps[0][1:].maximum(steps[0][:-1]), steps[1][:, 1:].maximum(steps[1][:, :-1]))
-    distance = torch.where(near[0] & near[1], f.abs() / slope.clamp(min=1e-12), torch.inf)
-    shown = picture.float()
-    for ink, across in ((255.0, rim), (20.0, width)):
-        cover = ((across + 1) / 2 - distance).clamp(0, 1)[..., None]  # of the pixel by the line
-        shown = shown + cover * (ink - shown)
-    return shown.round().to(torch.uint8)
-
-
-class Scale(NamedTuple):
-    """The signed scale of one or more maps, -end to end in logits, and whether cells lie beyond either end."""
-
-    end: float
-    beyond_low: bool
-    beyond_high: bool
-
-
-def scale_of(maps):
-    """The `Scale` of maps of any shape: its end is a high quantile, so that one strong cell hides no other."""
-    maps = as_map(maps)
-    end = float(np.quantile(maps.abs().numpy(), SCALE_QUANTILE)) or float(maps.abs().max()) or 1e-6
-    return Scale(end, bool(maps.min() < -end), bool(maps.max() > end))
-
-
-def own_scale(cells):
-    """The scale of a map that shares it with no other, for its caption."""
-    end = scale_of(cells).end
-    return f" ±{signed(end, end)[1:]}"
-
-
-# ---------------------------------------------------------------- pictures
-
-
-class Row(NamedTuple):
-    """What one network says of N photos."""
-
-    label: str
-    maps: torch.Tensor  # (N, h, w), in logits, of the class that is named under each photo
-    captions: list  # N of str
-    right: list = None  # N of bool, or of None where the truth is unknown
-
-
-class Tile(NamedTuple):
-    """A photo, or a map over it, with the texts above and below it."""
-
-    photo: torch.Tensor  # (H, W, 3) uint8
-    cells: torch.Tensor = None  # (h, w), in logits
-    above: str = ""
-    below: str = ""
-    wrong: bool = False  # framed, in the colour of mistakes
-
-
-class Strip(NamedTuple):
-    """Tiles side by side, under a line that names the network and shows the scale of the maps."""
-
-    tiles: list  # of Tile, or of None where a place stays blank
-    label: str = ""
-    scale: Scale = None  # None: every map has its own
-
-
-class Pen(NamedTuple):
-    """Sizes in a picture: pixels of a point, and the font."""
-
-    px: float
-    face: ImageFont.FreeTypeFont
-
-    @property
-    def gap(self):
-        return round(GAP * self.px)
-
-    @property
-    def line(self):
-        return round(1.25 * self.face.size)
-
-    def fits(self, text, width):
-        """Whether no word of `text` is longer than `width` px."""
-        return all(self.face.getlength(word) <= width for word in text.split())
-
-
 def as_photo(photo):
     """A PIL image, or an array or tensor (H, W), (H, W, 3) or (3, H, W) of uint8 or of floats in 0..1, as a tensor
     (H, W, 3) uint8 on the CPU. Raises CamError."""
@@ -242,18 +139,97 @@ def as_photo(photo):
     return photo
 
 
-def as_map(cells):
+def as_map(class_map):
     """A map as float32 on the CPU, without its gradient: all that a picture needs of it."""
-    return torch.as_tensor(cells).detach().float().cpu()
+    return torch.as_tensor(class_map).detach().float().cpu()
 
 
-def font(size):
-    return ImageFont.load_default(size)
+def overlay(photo, class_map, scale):
+    """A map (h, w), in logits, over a photo (see `as_photo`): (H, W, 3) uint8 of the photo's size.
+
+    The photo, in grey, gives the lightness; the map gives hue (its sign) and colourfulness, which grows in
+    proportion to it: none at 0, full at `scale`. So zero is grey, and equal steps in logits look equal.
+    """
+    photo = as_photo(photo)
+    value = (upsample(as_map(class_map)[None], photo.shape[:2])[0] / float(scale)).clamp(-1, 1)
+    strength = value.abs()
+    hue = torch.deg2rad(torch.where(value > 0, HUES["adds"], HUES["takes"]))
+    light = 0.38 + 0.52 * lightness(photo)
+    light = torch.lerp(light, torch.full_like(light, 0.68), 0.55 * strength)  # colours need a middle lightness
+    lab = torch.stack([light, CHROMA * strength * hue.cos(), CHROMA * strength * hue.sin()], -1)
+    return (oklab_to_srgb(lab) * 255).round().to(torch.uint8)
 
 
-def pens(dpi):
-    """A pen for each size of text, the largest first."""
-    return [Pen(dpi / 72, font(points * dpi / 72)) for points in TEXT_SIZES]
+def outline(picture, class_map, width=1.0, rim=2.4):
+    """A line around the region above half of the map's maximum ("focus" in score.py), on a picture (H, W, 3) uint8.
+
+    Dark, `width` px, in a light rim, `rim` px, to show on everything. Returns a new picture, or, for a map that is
+    nowhere positive and so has no such region, the same.
+    """
+    pixels = upsample(as_map(class_map)[None], picture.shape[:2])[0]  # (H, W)
+    if pixels.max() <= 0:
+        return picture
+    height = pixels - pixels.max() / 2  # above the region's edge
+    # To first order the edge is |height| / slope pixels away; the slope is that to the steeper neighbours.
+    dy, dx = F.pad(height.diff(dim=0).abs(), (0, 0, 1, 1)), F.pad(height.diff(dim=1).abs(), (1, 1))
+    slope = torch.hypot(torch.maximum(dy[1:], dy[:-1]), torch.maximum(dx[:, 1:], dx[:, :-1]))
+    distance = height.abs() / slope.clamp(min=1e-12)
+    # Only pixels that have some of both sides around them: a flat place at half of the maximum is no edge.
+    reach = math.ceil((rim + 1) / 2)
+    inside, outside = (F.max_pool2d(side[None].float(), 2 * reach + 1, 1, reach)[0] > 0
+                       for side in (height > 0, height <= 0))
+    distance[~(inside & outside)] = torch.inf
+    shown = picture.float()
+    for grey, thickness in ((255, rim), (20, width)):
+        cover = ((thickness + 1) / 2 - distance).clamp(0, 1)[..., None]  # the share of a pixel under the line
+        shown = torch.lerp(shown, torch.full_like(shown, grey), cover)
+    return shown.round().to(torch.uint8)
+
+
+def scale_of(maps):
+    """The end, in logits, of the scale that maps of any shape share: a high quantile of their |values|, for one strong
+    cell would make all others grey."""
+    values = as_map(maps).abs()
+    return float(np.quantile(values.numpy(), SCALE_QUANTILE)) or float(values.max()) or 1e-6
+
+
+# ---------------------------------------------------------------- the page
+
+
+class Paper:
+    """A page of `dpi` pixels per inch: lengths on it in pixels, and the font of all its texts."""
+
+    def __init__(self, dpi):
+        self.point = dpi / 72
+        self.width, self.gap = round(PAGE_WIDTH * self.point), round(GAP * self.point)
+        self.font, self.line = ImageFont.load_default(TEXT_SIZE * self.point), round(1.25 * TEXT_SIZE * self.point)
+
+    def length(self, text):
+        """The width of a text in one line, px."""
+        return math.ceil(self.font.getlength(text)) + 1
+
+
+def blank(width, height):
+    """A white image, to be drawn on."""
+    return Image.new("RGB", (width, height), "white")
+
+
+def above_each_other(images, gap):
+    """Images one below the other, `gap` px apart, beginning at the left."""
+    page, y = blank(max(image.width for image in images), sum(image.height + gap for image in images) - gap), 0
+    for image in images:
+        page.paste(image, (0, y))
+        y += image.height + gap
+    return page
+
+
+def side_by_side(images, gap, bottom=False):
+    """Images beside each other, `gap` px apart, beginning at one height, or with their bottoms at one height."""
+    page, x = blank(sum(image.width + gap for image in images) - gap, max(image.height for image in images)), 0
+    for image in images:
+        page.paste(image, (x, page.height - image.height if bottom else 0))
+        x += image.width + gap
+    return page
 
 
 def printable(text):
@@ -263,174 +239,168 @@ def printable(text):
     return "".join(c if c.isascii() else "?" for c in plain)
 
 
-def wrap(text, width, face):
-    """`text` in lines of at most `width` px, broken at spaces, or in a word that alone is too long."""
-    if "\n" in text:
-        return [line for part in text.split("\n") for line in wrap(part, width, face)]
-    lines = [""]
-    for word in text.split():
-        if face.getlength(f"{lines[-1]} {word}".strip()) <= width:
-            lines[-1] = f"{lines[-1]} {word}".strip()
-            continue
-        lines += [""] if lines[-1] else []
-        for letter in word:
-            lines += [""] if face.getlength(lines[-1] + letter) > width else []
-            lines[-1] += letter
-    return lines
-
-
 def signed(value, scale):
     """`value` with its sign, with the decimals that show three digits of `scale`."""
     decimals = max(0, 2 - math.floor(math.log10(scale)))
     return f"{round(float(value), decimals) + 0.0:+.{decimals}f}"
 
 
-def resize(photo, width, height):
-    """photo (H, W, 3) uint8 at the largest size of its aspect in a box of `width` x `height` px, antialiased."""
-    h, w = photo.shape[:2]
-    share = min(width / w, height / h)
-    size = max(1, round(w * share)), max(1, round(h * share))
-    image = Image.fromarray(photo.contiguous().numpy()).resize(size, Image.Resampling.LANCZOS)
-    return torch.from_numpy(np.array(image))
+def wrap(text, width, paper):
+    """`text` in lines of at most `width` px. A word is broken only where one is longer than a line."""
+    for break_words in (False, True):
+        for letters in range(len(text), 0, -1):
+            lines = [line for paragraph in text.split("\n")
+                     for line in textwrap.wrap(paragraph, letters, break_long_words=break_words)]
+            if all(paper.length(line) <= width for line in lines):
+                return lines
+    return []
 
 
-def blank(width, height):
-    return Image.new("RGB", (width, height), "white")
-
-
-def draw_texts(texts, widths, pen, colours=None, above=False):
-    """Texts in the middles of columns, hanging from one line, or (above) standing on one; a single text begins at the
-    left. Returns an image."""
-    wrapped = [wrap(text, width, pen.face) for text, width in zip(texts, widths, strict=True)]
-    most, x = max(map(len, wrapped)), 0
-    canvas = blank(sum(widths) + pen.gap * (len(widths) - 1), most * pen.line)
-    for lines, width, colour in zip(wrapped, widths, colours or [TEXT] * len(texts), strict=True):
-        at, anchor = (x, "la") if len(texts) == 1 else (x + width / 2, "ma")
-        for i, line in enumerate(lines, most - len(lines) if above else 0):
-            ImageDraw.Draw(canvas).text((at, i * pen.line), line, colour, pen.face, anchor)
-        x += width + pen.gap
-    return canvas
-
-
-def draw_tile(tile, width, height, scale, pen):
-    """A photo, or the map over it with the line around what lies above half of its maximum, as large as fits."""
-    shown = resize(tile.photo, width, height)
-    if tile.cells is not None:
-        shown = overlay(shown, tile.cells, (scale or scale_of(tile.cells)).end)
-        shown = outline(shown, tile.cells, LINE * pen.px, RIM * pen.px)
-    image = Image.fromarray(shown.numpy())
-    if tile.wrong:
-        frame = (0, 0, image.width - 1, image.height - 1)
-        ImageDraw.Draw(image).rectangle(frame, outline=WRONG, width=max(2, round(FRAME * pen.px)))
+def draw_text(text, width, paper, colour=TEXT_COLOUR, centred=False):
+    """A text in lines of at most `width` px: a PIL image of that width."""
+    lines = wrap(text, width, paper)
+    image = blank(width, len(lines) * paper.line)
+    x, anchor = (width / 2, "ma") if centred else (0, "la")
+    for i, line in enumerate(lines):
+        ImageDraw.Draw(image).text((x, i * paper.line), line, colour, paper.font, anchor)
     return image
 
 
-def draw_tiles(strip, widths, height, pen):
-    """The tiles of a strip, each in the middle of its column."""
-    canvas, x = blank(sum(widths) + pen.gap * (len(widths) - 1), height), 0
-    for tile, width in zip(strip.tiles, widths, strict=True):
-        if tile:
-            image = draw_tile(tile, width, height, strip.scale, pen)
-            canvas.paste(image, (x + (width - image.width) // 2, (height - image.height) // 2))
-        x += width + pen.gap
-    return canvas
+class Tile(NamedTuple):
+    """A photo, or a map over it, with a text above or below."""
+
+    photo: torch.Tensor  # (H, W, 3) uint8
+    text: str = ""
+    class_map: torch.Tensor = None  # (h, w), in logits
+    scale: float = None  # its end, in logits
+    wrong: bool = False  # framed, in the colour of mistakes
 
 
-def draw_colour_bar(scale, px):
-    """The signed scale: its ends and zero written into it, and an arrowhead where cells lie beyond an end."""
-    width, height = (round(points * px) for points in BAR)
-    ramp, grey = torch.linspace(-1, 1, width).expand(height, width), torch.full((height, width, 3), 128)
-    bar, mid = overlay(grey.to(torch.uint8), ramp, 1), (height - 1) / 2
-    canvas, small = blank(width + 2 * height, height), font(TEXT_SIZES[-1] * px)
-    canvas.paste(Image.fromarray(bar.numpy()), (height, 0))
-    pen, right = ImageDraw.Draw(canvas), canvas.width - 1 - height
-    for tip, base, pixel, beyond in ((height // 3, height, 0, scale.beyond_low),
-                                     (right + height - height // 3, right, -1, scale.beyond_high)):
-        if beyond:
-            pen.polygon([(tip, mid), (base, 0), (base, height - 1)], tuple(bar[0, pixel].tolist()))
-    pen.text((1.2 * height, mid), signed(-scale.end, scale.end), "black", small, "lm")
-    pen.text((canvas.width / 2, mid), "0", "black", small, "mm")
-    pen.text((canvas.width - 1.2 * height, mid), signed(scale.end, scale.end), "black", small, "rm")
-    return canvas
+class Strip(NamedTuple):
+    """Tiles side by side, below a heading with the colour bar of the scale that their maps share.
+
+    A page is made of blocks, one below the other, and a block of strips, whose tiles stand in the same columns.
+    """
+
+    tiles: list  # of Tile, or of None where a place stays empty
+    heading: str = ""
+    text_above: bool = False  # the tiles, not below them
 
 
-def draw_heading(label, scale, width, pen):
-    """The line above a row of maps: whose they are, and at its right end their scale in logits."""
-    unit = "logits" if scale else "each map on its own scale (±), in logits"
-    unit = draw_texts([unit], [math.ceil(pen.face.getlength(unit)) + 1], pen)
-    bar = draw_colour_bar(scale, pen.px) if scale else blank(1, 1)
-    text = draw_texts([label], [width - unit.width - bar.width - pen.gap], pen, ["black"])
-    canvas = blank(width, max(text.height, bar.height))
-    canvas.paste(text, (0, 0))
-    canvas.paste(bar, (width - unit.width - bar.width, round(0.08 * pen.line)))
-    canvas.paste(unit, (width - unit.width, 0))
-    return canvas
+def lay_out(block, columns, paper):
+    """The widths of a block's columns and the one height of its photos, px, as large as the page has room for.
 
-
-def draw_strip(strip, widths, height, page, pen):
-    """A strip from top to bottom: heading, texts, tiles, texts; [(image, space above it in px), ...]."""
-    colours = [WRONG if tile and tile.wrong else TEXT for tile in strip.tiles]
-    above, below = ([getattr(tile, side) if tile else "" for tile in strip.tiles] for side in ("above", "below"))
-    pieces = [draw_heading(strip.label, strip.scale, page, pen)] if strip.label else []
-    pieces += [draw_texts(above, widths, pen, colours, above=True)] if any(above) else []
-    pieces += [draw_tiles(strip, widths, height, pen)]
-    pieces += [draw_texts(below, widths, pen, colours)] if any(below) else []
-    return [(piece, pen.gap // 2 if i else 2 * pen.gap) for i, piece in enumerate(pieces)]
-
-
-def side_by_side(photos, words, room, tallest):
-    """The widths of the columns and the one height (px) of photos that stand on a line of `room` px: the largest at
-    which they fit. words: px that the columns need for their longest words; none gets more than its part."""
+    columns: of a full block; a block with fewer takes its share of the page. A column is no narrower than its longest
+    word, as long as that takes no more than an equal part of the page.
+    """
+    photos = [tile.photo for tile in block[0].tiles]
     aspects = [photo.shape[1] / photo.shape[0] for photo in photos]
-    part = room // len(photos)
-    widest, words = min(2 * median(aspects), part), [min(word, part) for word in words]
+    part = (paper.width - paper.gap * (columns - 1)) // columns
+    widest = min(2 * median(aspects), part)  # a panorama is shown lower, so that it makes the others no smaller
+    texts = zip(*([tile.text if tile else "" for tile in strip.tiles] for strip in block), strict=True)
+    words = [min(max(map(paper.length, " ".join(column).split()), default=1), part) for column in texts]
 
     def widths(height):
         return [math.ceil(max(min(aspect, widest) * height, word)) for aspect, word in zip(aspects, words, strict=True)]
 
-    height = max((h for h in range(1, tallest + 1) if sum(widths(h)) <= room), default=1)
+    heights = range(1, round(TALLEST * paper.point) + 1)
+    height = max((height for height in heights if sum(widths(height)) <= part * len(photos)), default=1)
     return widths(height), height
 
 
-def lay_out(block, dpi, tallest):
-    """The widths of a block's columns and the height of its photos, px."""
-    pen, least = pens(dpi)[-1], round(LEAST * dpi / 72)
-    columns = list(zip(*(strip.tiles for strip in block), strict=True))
-    words = [max([least, *(math.ceil(pen.face.getlength(word)) for tile in column if tile
-                           for word in f"{tile.above} {tile.below}".split())]) for column in columns]
-    room = round(PAGE * dpi / 72) - pen.gap * (len(columns) - 1)
-    return side_by_side([tile.photo for tile in block[0].tiles], words, room, tallest)
+def draw_tile(tile, width, height, text_above, paper):
+    """A tile in a column of `width` px: the photo, or the map over it with the line around what lies above half of its
+    maximum, as large as `height` px allow, and its text."""
+    if tile is None:
+        return blank(width, 1)
+    h, w = tile.photo.shape[:2]
+    share = min(width / w, height / h)
+    size = max(1, round(w * share)), max(1, round(h * share))
+    image = Image.fromarray(tile.photo.numpy()).resize(size, Image.Resampling.LANCZOS)
+    if tile.class_map is not None:
+        pixels = overlay(image, tile.class_map, tile.scale)
+        image = Image.fromarray(outline(pixels, tile.class_map, LINE * paper.point, RIM * paper.point).numpy())
+    if tile.wrong:
+        edges, frame = (0, 0, image.width - 1, image.height - 1), max(2, round(FRAME * paper.point))
+        ImageDraw.Draw(image).rectangle(edges, outline=WRONG, width=frame)
+    shown = blank(width, height)
+    shown.paste(image, ((width - image.width) // 2, (height - image.height) // 2))
+    text = draw_text(tile.text, width, paper, WRONG if tile.wrong else TEXT_COLOUR, centred=True)
+    return above_each_other([text, shown] if text_above else [shown, text], paper.gap // 2)
 
 
-def draw(blocks, legend="", dpi=300):
-    """A picture, 16 cm wide or less, of blocks (lists of `Strip` with their tiles in the same columns) above a legend.
-    Text has 8 points, or 7 where a word would not fit. Returns a PIL image."""
-    shapes, tallest = [], round(TALLEST * dpi / 72)
-    for block in blocks:
-        shapes.append(lay_out(block, dpi, tallest))
-        tallest = shapes[0][1]  # a last block of few photos does not grow
-    texts = [(f"{tile.above} {tile.below}", width) for block, (widths, _) in zip(blocks, shapes, strict=True)
-             for strip in block for tile, width in zip(strip.tiles, widths, strict=True) if tile]
-    pen = next((pen for pen in pens(dpi) if all(pen.fits(*text) for text in texts)), pens(dpi)[-1])
-    page = max(sum(widths) + pen.gap * (len(widths) - 1) for widths, _ in shapes)
-    page, pieces = max(page, round(PAGE / 2 * dpi / 72)), []
-    for block, (widths, height) in zip(blocks, shapes, strict=True):
-        pieces += [(blank(1, 1), 2 * pen.gap)] if pieces else []
-        for strip in block:
-            pieces += draw_strip(strip, widths, height, page, pen)
+def draw_colour_bar(end, maps, paper):
+    """The scale from -end to end: both and zero written into it, an arrowhead where maps go beyond, and the unit."""
+    width, height = round(BAR_WIDTH * paper.point), round(BAR_HEIGHT * paper.point)
+    grey = torch.full((height, width, 3), 128, dtype=torch.uint8)
+    bar = Image.fromarray(overlay(grey, torch.linspace(-1, 1, width)[None], 1).numpy())
+    left, right, middle = height, height + width - 1, (height - 1) / 2  # room for an arrowhead at each end
+    image = blank(width + 2 * height, height)
+    image.paste(bar, (left, 0))
+    pen, tip, inset = ImageDraw.Draw(image), 2 / 3 * height, 0.2 * height
+    if min(class_map.min() for class_map in maps) < -end:
+        pen.polygon([(left, 0), (left, height), (left - tip, middle)], bar.getpixel((0, 0)))
+    if max(class_map.max() for class_map in maps) > end:
+        pen.polygon([(right, 0), (right, height), (right + tip, middle)], bar.getpixel((width - 1, 0)))
+    pen.text((left + inset, middle), signed(-end, end), "black", paper.font, "lm")
+    pen.text(((left + right) / 2, middle), "0", "black", paper.font, "mm")
+    pen.text((right - inset, middle), signed(end, end), "black", paper.font, "rm")
+    return side_by_side([image, draw_text("logits", paper.length("logits"), paper, "black")], 0)
+
+
+def draw_strip(strip, widths, height, page_width, paper):
+    """A strip: its tiles in columns of `widths` px, below its heading with the colour bar at the right end."""
+    tiles = [draw_tile(tile, width, height, strip.text_above, paper)
+             for tile, width in zip(strip.tiles, widths, strict=True)]
+    tiles = side_by_side(tiles, paper.gap, bottom=strip.text_above)  # the photos at one height
+    if not strip.heading:
+        return tiles
+    mapped = [tile for tile in strip.tiles if tile and tile.class_map is not None]
+    if len({tile.scale for tile in mapped}) == 1:
+        scale = draw_colour_bar(mapped[0].scale, [tile.class_map for tile in mapped], paper)
+    else:
+        own = "each map on its own scale (±), in logits"
+        scale = draw_text(own, paper.length(own), paper, "black")
+    heading = draw_text(strip.heading, page_width - scale.width - paper.gap, paper, "black")
+    return above_each_other([side_by_side([heading, scale], paper.gap), tiles], paper.gap // 2)
+
+
+def draw_page(blocks, legend, dpi):
+    """A picture, at most 16 cm wide, of blocks (see `Strip`) above a legend; a PIL image that knows its dpi."""
+    paper = Paper(dpi)
+    layouts = [lay_out(block, len(blocks[0][0].tiles), paper) for block in blocks]
+    width = max(sum(widths) + paper.gap * (len(widths) - 1) for widths, _ in layouts)
+    width = max(width, paper.width // 2)  # of the headings and the legend
+    drawn = []
+    for block, (widths, height) in zip(blocks, layouts, strict=True):
+        strips = [draw_strip(strip, widths, height, width, paper) for strip in block]
+        drawn.append(above_each_other(strips, 2 * paper.gap))
     legend = f"Orange adds to the logit, blue takes from it; line: half of a map's maximum. {legend}"
-    return stack([*pieces, (draw_texts([legend], [page], pen), 3 * pen.gap)], page, dpi)
+    picture = above_each_other([*drawn, draw_text(legend, width, paper)], 3 * paper.gap)
+    picture.info["dpi"] = (dpi, dpi)
+    return picture
 
 
-def stack(pieces, width, dpi):
-    """Images one below the other, (image, space above it in px) each: a PIL image that knows its dpi."""
-    pieces = [(pieces[0][0], 0), *pieces[1:]]
-    canvas, y = blank(width, sum(image.height + space for image, space in pieces)), 0
-    for image, space in pieces:
-        canvas.paste(image, (0, y + space))
-        y += space + image.height
-    canvas.info["dpi"] = (dpi, dpi)
-    return canvas
+class Row(NamedTuple):
+    """What one network says of N photos."""
+
+    label: str
+    maps: torch.Tensor  # (N, h, w), in logits, of the class that is named under each photo
+    captions: list  # N of str
+    right: list = None  # N of bool, or of None where the truth is unknown
+
+
+def map_tiles(photos, row, scale):
+    """The maps of a `Row` over its photos. scale: "row", the same for all, or "photo", each its own, written below."""
+    shared, tiles = scale_of(row.maps), []
+    right = row.right or [None] * len(photos)
+    for photo, class_map, caption, is_right in zip(photos, row.maps, row.captions, right, strict=True):
+        end, text = shared, printable(caption)
+        if scale == "photo":
+            end = scale_of(class_map)
+            text += f" ±{signed(end, end)[1:]}"
+        tiles.append(Tile(photo, text, class_map, end, wrong=is_right is False))
+    return tiles
 
 
 def compose(photos, titles, rows, columns=10, scale="row", legend="", dpi=300):
@@ -439,37 +409,32 @@ def compose(photos, titles, rows, columns=10, scale="row", legend="", dpi=300):
     photos, titles: N each (see `as_photo`). More than `columns` photos go on in further blocks. The maps of a row
     share one scale, in logits, across all blocks; with scale="photo" each has its own, written into its caption.
     """
-    photos, blocks = [as_photo(photo) for photo in photos], []
-    for first in range(0, len(photos), columns):
-        part = range(first, min(first + columns, len(photos)))
-        blocks.append([Strip([Tile(photos[i], above=printable(titles[i])) for i in part])])
-        for row in rows:
-            tiles = []
-            for i in part:
-                own = own_scale(row.maps[i]) if scale == "photo" else ""
-                wrong = row.right is not None and row.right[i] is False
-                tiles.append(Tile(photos[i], row.maps[i], "", printable(row.captions[i]) + own, wrong))
-            blocks[-1].append(Strip(tiles, row.label, scale_of(row.maps) if scale == "row" else None))
-    return draw(blocks, legend, dpi)
+    photos = [as_photo(photo) for photo in photos]
+    titled = [Tile(photo, printable(title)) for photo, title in zip(photos, titles, strict=True)]
+    strips = [Strip(titled, text_above=True)]
+    strips += [Strip(map_tiles(photos, row, scale), row.label) for row in rows]
+    blocks = [[strip._replace(tiles=strip.tiles[first : first + columns]) for strip in strips]
+              for first in range(0, len(photos), columns)]
+    return draw_page(blocks, legend, dpi)
 
 
 # ---------------------------------------------------------------- the confusion picture
 
 
-def confusion_cells(matrix, shares, side, pen):
+def confusion_cells(matrix, shares, side, paper):
     """The cells of a confusion picture, `side` px each: right answers grey, mistakes red, as deep as the square root of
     their share of the row, so that rare ones are seen too, with their counts where there is room."""
-    right, strength = torch.eye(len(matrix), dtype=torch.bool)[..., None], shares.sqrt()[..., None]
-    ends = torch.where(right, torch.tensor([0.7, 0, 0]), torch.tensor([0.6, 0.17, 0.08]))  # OKLab
-    colours = (oklab_to_srgb(torch.lerp(torch.tensor([0.97, 0, 0]), ends, strength)) * 255).round().to(torch.uint8)
-    cells = colours.repeat_interleave(side, 0).repeat_interleave(side, 1)
-    for line in range(max(1, round(pen.px / 4))):  # a white grid
-        cells[line::side] = cells[:, line::side] = 255
-    image = Image.fromarray(cells.numpy())
-    if pen.line <= side and pen.face.getlength(str(int(matrix.max()))) < 0.9 * side:
+    right = torch.eye(len(matrix), dtype=torch.bool)[..., None]
+    deepest = torch.where(right, torch.tensor([0.7, 0, 0]), torch.tensor([0.6, 0.17, 0.08]))  # OKLab
+    colours = oklab_to_srgb(torch.lerp(torch.tensor([0.97, 0, 0]), deepest, shares.sqrt()[..., None]))
+    pixels = (colours * 255).round().to(torch.uint8).repeat_interleave(side, 0).repeat_interleave(side, 1)
+    for line in range(max(1, round(paper.point / 4))):  # a white grid
+        pixels[line::side] = pixels[:, line::side] = 255
+    image = Image.fromarray(pixels.numpy())
+    if max(paper.line, paper.length(str(int(matrix.max())))) < side:
         for y, x in matrix.nonzero().tolist():
-            place = ((x + 0.5) * side, (y + 0.5) * side)
-            ImageDraw.Draw(image).text(place, str(int(matrix[y, x])), "black", pen.face, "mm")
+            middle = ((x + 0.5) * side, (y + 0.5) * side)
+            ImageDraw.Draw(image).text(middle, str(int(matrix[y, x])), "black", paper.font, "mm")
     return image
 
 
@@ -478,37 +443,29 @@ def confusion_picture(matrix, classes, title, dpi=300):
 
     Of more than 50 classes those 50 with the most mistakes are shown, and the picture says so. Returns a PIL image.
     """
-    matrix = torch.as_tensor(matrix).cpu()
+    paper, matrix = Paper(dpi), torch.as_tensor(matrix).cpu()
     shares = matrix / matrix.sum(1, keepdim=True).clamp(min=1)
     if len(classes) > MOST_CLASSES:
         mistakes = matrix.sum(0) + matrix.sum(1) - 2 * matrix.diag()
         kept = mistakes.argsort(descending=True, stable=True)[:MOST_CLASSES].sort().values
         title += f" (the {MOST_CLASSES} of {len(classes)} classes with the most mistakes)"
         matrix, shares, classes = matrix[kept][:, kept], shares[kept][:, kept], [classes[i] for i in kept]
-    pen, names = pens(dpi)[0], [printable(name) for name in classes]
-    page = round(PAGE * pen.px)
-    margin = math.ceil(min(page / 4, max(pen.face.getlength(name) for name in names))) + pen.gap
-    side = min((page - margin) // len(names), round(48 * pen.px))
-    pen = next((pen for pen in pens(dpi) if all(pen.fits(name, side - pen.gap) for name in names)), pen)
-    pen = pen if pen.line <= side else pens(dpi)[-1]
-    lines = [wrap(name, margin - pen.gap, pen.face) for name in names]  # of a long name the first line
-    names = [first + "..." * bool(more) for first, *more in lines]
-    if all(pen.fits(name, side - pen.gap) for name in names):
-        header = draw_texts(names, [side - pen.gap] * len(names), pen, above=True)
-    else:
-        lying = blank(margin - pen.gap, len(names) * side)
-        for i, name in enumerate(names):
-            ImageDraw.Draw(lying).text((pen.gap // 2, (i + 0.5) * side), name, TEXT, pen.face, "lm")
-        header = lying.rotate(90, expand=True)
-    table = blank(max(margin + len(names) * side, page // 2), header.height + len(names) * side)
-    table.paste(header, (margin, 0))
-    table.paste(confusion_cells(matrix, shares, side, pen), (margin, header.height))
+    names = [wrap(printable(name), paper.width // 4, paper)[0] for name in classes]  # of a long one the first line
+    margin = max(map(paper.length, names)) + paper.gap
+    side = min((paper.width - margin) // len(names), round(48 * paper.point))
+    rows, columns = blank(margin, side * len(names)), blank(margin, side * len(names))
     for i, name in enumerate(names):
-        middle = header.height + (i + 0.5) * side
-        ImageDraw.Draw(table).text((margin - pen.gap, middle), name, TEXT, pen.face, "rm")
+        y = (i + 0.5) * side
+        ImageDraw.Draw(rows).text((margin - paper.gap, y), name, TEXT_COLOUR, paper.font, "rm")
+        ImageDraw.Draw(columns).text((paper.gap, y), name, TEXT_COLOUR, paper.font, "lm")  # to be turned upright
+    table = above_each_other([side_by_side([blank(margin, margin), columns.rotate(90, expand=True)], 0),
+                              side_by_side([rows, confusion_cells(matrix, shares, side, paper)], 0)], 0)
+    width = max(table.width, paper.width // 2)
     notes = "Rows: what is there; columns: what the network says; the deeper, the larger the share of the row."
-    return stack([(draw_texts([title], [table.width], pen, ["black"]), 0), (table, pen.gap),
-                  (draw_texts([notes], [table.width], pen), pen.gap)], table.width, dpi)
+    title, notes = draw_text(title, width, paper, "black"), draw_text(notes, width, paper)
+    picture = above_each_other([title, table, notes], paper.gap)
+    picture.info["dpi"] = (dpi, dpi)
+    return picture
 
 
 # ---------------------------------------------------------------- files
@@ -529,15 +486,12 @@ def save_picture(image, path):
     """Write a PIL image as .png or .pdf, whole or not at all, in its size on paper: by its dpi, or 16 cm wide."""
     check_picture_name(path)
     path = Path(path)
-    dpi = image.info.get("dpi", (image.width / PAGE * 72,))[0]
+    dpi = image.info.get("dpi", (image.width / PAGE_WIDTH * 72,))[0]
     part = path.with_name(f"{path.name}.{os.getpid()}.part")
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
-        with open(part, "wb") as file:
-            if path.suffix.lower() == ".pdf":
-                image.save(file, "PDF", resolution=dpi, quality=95, subsampling=0)
-            else:
-                image.save(file, "PNG", dpi=(dpi, dpi), optimize=True)
+        with open(part, "wb") as file:  # a PDF holds a JPEG, hence the quality
+            image.save(file, path.suffix[1:].upper(), dpi=(dpi, dpi), quality=95, subsampling=0)
         os.replace(part, path)
     except OSError as error:  # a full disk names no file of its own accord
         raise OSError(error.errno, error.strerror, str(path)) from error
@@ -545,17 +499,7 @@ def save_picture(image, path):
         part.unlink(missing_ok=True)
 
 
-def finish(picture, path, what, loaded):
-    """Write a picture, and print how LaTeX includes it under a caption that says `what` it shows, of which networks."""
-    save_picture(picture, path)
-    caption = f"{what}: {'; '.join(describe(facts) for _, facts in loaded)}."
-    special = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
-    caption = "".join(special.get(c, f"\\{c}" if c in "&%$#_{}" else c) for c in caption)
-    width = picture.width / picture.info["dpi"][0] * 2.54
-    print(f"{path}\n\\includegraphics[width={width:.1f}cm]{{{Path(path).as_posix()}}}\n\\caption{{{caption}}}")
-
-
-# ---------------------------------------------------------------- checkpoints
+# ---------------------------------------------------------------- networks and photos
 
 
 def add_looks_option(parser):
@@ -582,31 +526,21 @@ def load_models(paths, looks=None):
     """
     import models
 
-    looks = list(looks or [None])
+    looks = looks or [None]
     if len(looks) not in (1, len(paths)):
         raise CamError(f"--looks has {len(looks)} lists for {len(paths)} checkpoints: give one, or one for each")
-    looks *= len(paths) // len(looks)
+    looks = looks * len(paths) if len(looks) == 1 else looks
     loaded = [models.load(path, looks=sizes) for path, sizes in zip(paths, looks, strict=True)]
+    first = set(loaded[0][1]["classes"])
     for path, (_, facts) in zip(paths, loaded, strict=True):
         if missing := {"size", "settings", "accuracy", "how"} - facts.keys():
             raise CamError(f"{path} does not say its {min(missing)}: use a checkpoint of train.py (runs/*/best.pt)")
-        own, first = set(facts["classes"]), set(loaded[0][1]["classes"])
+        own = set(facts["classes"])
         if own != first:
             lacks, has = (", ".join(sorted(names)[:3]) or "none" for names in (first - own, own - first))
             raise CamError(f"{path} knows other classes than {paths[0]} (without {lacks}, ..., but with {has}, ...): "
                            "compare networks of the same classes")
     return loaded
-
-
-def load_once(paths, looks):
-    """`load_models` of what `--looks` says, without what is named twice; a sentence says so. Also the runs' names."""
-    found = {}
-    for path, (network, facts) in zip(paths, load_models(paths, parse_looks(looks)), strict=True):
-        key = Path(path).resolve(), tuple(facts["looks"])
-        if key in found:
-            print(f"{path} is named twice and shown once", file=sys.stderr)
-        found.setdefault(key, (network, facts))
-    return list(found.values()), "-".join(path.parent.name for path, _ in found)
 
 
 def describe(facts):
@@ -615,8 +549,8 @@ def describe(facts):
     if facts["accuracy"] is None:
         return f"{name}: accuracy not measured"
     split = facts.get("accuracy_on") or "val"
-    of = f"{facts['accuracy_n']:,} {split} photos" if facts.get("accuracy_n") else split
-    return f"{name}: {facts['accuracy']:.1%} of {of} right"
+    measured = f"{facts['accuracy_n']:,} {split} photos" if facts.get("accuracy_n") else split
+    return f"{name}: {facts['accuracy']:.1%} of {measured} right"
 
 
 @torch.no_grad()
@@ -635,42 +569,39 @@ def predict_with_maps(network, facts, photos):
     return maps, logits, logits.softmax(1)
 
 
-# ---------------------------------------------------------------- commands
+def check_classes(names, known):
+    """`names`, with accents as the classes `known` write them; CamError where one is none of these."""
+    names = [unicodedata.normalize("NFC", name) for name in names]
+    for name in names:
+        if name not in known:
+            listed = ", ".join(known[:20]) + (", ..." if len(known) > 20 else "")
+            raise CamError(f"there is no class {name!r}: the networks know {listed}")
+    return names
 
 
 def one_of_each_class(folder, seed, known, wanted=None):
     """A validation photo of every class, or of the `wanted` ones, the same for the same seed: photos, names.
 
-    known: the classes of the networks, which the data must have. Of too many classes some are chosen by the seed.
+    known: the classes of the networks, which the data must have; of too many classes the first are shown.
     """
     import data
 
     val = data.load(data.prepare(folder), "val").relabelled(known)
     generator = torch.Generator().manual_seed(seed)
-    names = check_classes(wanted, known) if wanted else list(known)
-    if not wanted and len(names) > MOST_CLASSES:
-        names = [known[k] for k in torch.randperm(len(known), generator=generator)[:MOST_CLASSES].sort().values]
-        print(f"{len(names)} of {len(known)} classes are shown: --classes or --seed chooses others", file=sys.stderr)
-    photos = []
-    there = [name for name in names if (val.labels == known.index(name)).any()]
-    if lacking := [name for name in names if name not in there]:
-        if wanted:
-            raise CamError(f"{folder} has no val photo of {lacking[0]}: choose others with --classes")
-        print(f"not shown, for there is no val photo: {', '.join(lacking)}", file=sys.stderr)
-    for name in there:
-        of_class = (val.labels == known.index(name)).nonzero()[:, 0]
-        photos.append(val[int(of_class[torch.randint(len(of_class), (), generator=generator)])])
-    return photos, there
-
-
-def check_classes(names, known):
-    """`names`, all of which are among the classes `known`, or a CamError. However a keyboard writes accents."""
-    names = [unicodedata.normalize("NFC", name) for name in names]
+    names = check_classes(wanted, known) if wanted else known[:MOST_CLASSES]
+    if len(names) < len(known) and not wanted:
+        print(f"the first {len(names)} of {len(known)} classes are shown: --classes chooses others", file=sys.stderr)
+    photos, shown = [], []
     for name in names:
-        if name not in known:
-            some = ", ".join(known[:20]) + (", ..." if len(known) > 20 else "")
-            raise CamError(f"there is no class {name!r}: the networks know {some}")
-    return list(names)
+        of_class = (val.labels == known.index(name)).nonzero()[:, 0]
+        if len(of_class):
+            photos.append(val[int(of_class[torch.randint(len(of_class), (), generator=generator)])])
+            shown.append(name)
+        elif wanted:
+            raise CamError(f"{folder} has no val photo of {name}: choose others with --classes")
+        else:
+            print(f"{name} is not shown, for there is no val photo of it", file=sys.stderr)
+    return photos, shown
 
 
 def photo_files(names):
@@ -680,10 +611,10 @@ def photo_files(names):
     found = []
     for name in map(str, names):
         path = Path(name)
-        inside = path.iterdir() if path.is_dir() else map(Path, glob.glob(name))
         if path.is_file() or not (path.is_dir() or glob.has_magic(name)):
             found.append(path)  # a missing one is refused by name when it is decoded
             continue
+        inside = path.iterdir() if path.is_dir() else map(Path, glob.glob(name))
         inside = sorted(p for p in inside if p.suffix.lower() in data.SUFFIXES and p.is_file() and p.name[0] != ".")
         if not inside:
             raise CamError(f"{name} holds no photo: name a photo, or a folder that has some in it")
@@ -691,7 +622,7 @@ def photo_files(names):
     return found
 
 
-def given_photos(images, titles, truth, known):
+def own_photos(images, titles, truth, known):
     """Photos of one's own, their titles, and what is there where that is known: by `truth`, a class for each photo or
     one for all, or by the name of the folder that a photo lies in."""
     import data
@@ -699,11 +630,13 @@ def given_photos(images, titles, truth, known):
     paths = photo_files(images)
     if len(paths) > MOST_PHOTOS:
         raise CamError(f"--images names {len(paths)} photos, too many for one picture: name at most {MOST_PHOTOS}")
-    for option, given, lengths in (("--titles", titles, {len(paths)}), ("--truth", truth, {1, len(paths)})):
-        if given and len(given) not in lengths:
+    if truth and len(truth) == 1:
+        truth = truth * len(paths)
+    for option, given in (("--titles", titles), ("--truth", truth)):
+        if given and len(given) != len(paths):
             raise CamError(f"{option} has {len(given)} names for {len(paths)} photos: give one for each")
     if truth:
-        truth = check_classes(truth, known) * (len(paths) if len(truth) == 1 else 1)
+        truth = check_classes(truth, known)
     else:
         folders = [data.WORDS.get(path.parent.name, path.parent.name) for path in map(Path.resolve, paths)]
         truth = [name if name in known else None for name in folders]
@@ -711,13 +644,26 @@ def given_photos(images, titles, truth, known):
     return [torch.from_numpy(data.decode(path)) for path in paths], titles, truth
 
 
+# ---------------------------------------------------------------- commands
+
+
+def finish(picture, path, what, loaded):
+    """Write a picture, and print how LaTeX includes it under a caption that says `what` it shows, of which networks."""
+    save_picture(picture, path)
+    caption = f"{what}: {'; '.join(describe(facts) for _, facts in loaded)}."
+    special = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
+    caption = caption.translate(str.maketrans(special | {c: f"\\{c}" for c in "&%$#_{}"}))
+    width = picture.width / picture.info["dpi"][0] * 2.54
+    print(f"{path}\n\\includegraphics[width={width:.1f}cm]{{{Path(path).as_posix()}}}\n\\caption{{{caption}}}")
+
+
 def row_of(label, maps, facts, labels, probabilities, truth):
     """A `Row` of the maps of the classes `labels` (N,): maps (N, K, h, w), probabilities (N, K), names of the truth."""
     names = [facts["classes"][k] for k in labels]
-    places = range(len(names))
-    captions = [f"{name} {probabilities[i, k]:.0%}" for i, name, k in zip(places, names, labels, strict=True)]
-    right = [None if real is None else name == real for name, real in zip(names, truth, strict=True)]
-    return Row(label, maps[places, labels], captions, right)
+    photos = range(len(names))
+    captions = [f"{names[i]} {probabilities[i, labels[i]]:.0%}" for i in photos]
+    right = [None if truth[i] is None else names[i] == truth[i] for i in photos]
+    return Row(label, maps[photos, labels], captions, right)
 
 
 def figure(models, looks, folder, classes, images, titles, truth, seed, columns, scale, dpi, out):
@@ -727,10 +673,10 @@ def figure(models, looks, folder, classes, images, titles, truth, seed, columns,
         raise CamError("--classes chooses among the photos of val, and --images names your own: leave one out")
     if not images and (titles or truth):
         raise CamError("--titles and --truth are for photos of your own: name them with --images")
-    loaded, _ = load_once(models, looks)
+    loaded = load_models(models, parse_looks(looks))
     known = list(loaded[0][1]["classes"])
     if images:
-        photos, titles, truth = given_photos(images, titles, truth, known)
+        photos, titles, truth = own_photos(images, titles, truth, known)
     else:
         photos, titles = one_of_each_class(folder, seed, known, classes)
         truth = titles
@@ -738,26 +684,43 @@ def figure(models, looks, folder, classes, images, titles, truth, seed, columns,
     for network, facts in loaded:
         maps, _, probabilities = predict_with_maps(network, facts, photos)
         rows.append(row_of(describe(facts), maps, facts, probabilities.argmax(1), probabilities, truth))
-    legend = f"Above: {'what is there' if titles == truth else 'the photo'}; below: the prediction."
     if len(photos) > columns:
         print(f"{len(photos)} photos go into blocks of {columns}", file=sys.stderr)
+    legend = f"Above: {'what is there' if titles == truth else 'the photo'}; below: the prediction"
+    legend += ", in red where it is wrong." if any(False in row.right for row in rows) else "."
     picture = compose(photos, titles, rows, columns, scale, legend, dpi)
     finish(picture, out, "Class activation maps, in logits, of the class that each network predicts", loaded)
 
 
-def top_tiles(network, facts, photo, top, contrast):
-    """Tiles of one photo: the maps of the `top` most probable classes, then that of `contrast`, two names or None."""
+def top_classes(network, facts, photo, top, contrast):
+    """A `Row` of one photo: the maps of the `top` most probable classes, then that of `contrast`, two names or None."""
     classes = list(facts["classes"])
     maps, logits, probabilities = (values[0] for values in predict_with_maps(network, facts, [photo]))
-    tiles = []
-    for k in probabilities.topk(min(top, len(classes))).indices.tolist():
-        text = f"{printable(classes[k])} {probabilities[k]:.1%}\nlogit {signed(logits[k], 1)}"
-        tiles.append(Tile(photo, maps[k], text))
+    best = probabilities.topk(min(top, len(classes))).indices.tolist()
+    shown = maps[best]
+    captions = [f"{classes[k]} {probabilities[k]:.1%}\nlogit {signed(logits[k], 1)}" for k in best]
     if contrast:
         a, b = (classes.index(name) for name in contrast)
-        text = printable(f"{classes[a]} minus {classes[b]}\nlogits {signed(logits[a] - logits[b], 1)}")
-        tiles.append(Tile(photo, contrast_map(maps[None], a, b)[0], text))
-    return tiles
+        shown = torch.cat([shown, contrast_map(maps[None], a, b)])
+        captions.append(f"{classes[a]} minus {classes[b]}\nlogits {signed(logits[a] - logits[b], 1)}")
+    return Row(describe(facts), shown, captions)
+
+
+def explanation_names(photos, models, out):
+    """Where the picture of each of `photos`, paths, goes: `out` itself, or, without a suffix, into that folder."""
+    if Path(out).suffix:
+        if len(photos) > 1:
+            raise CamError(f"{out} is one picture for {len(photos)} photos: name a folder with --out")
+        names = [Path(out)]
+    else:
+        runs = "-".join(Path(model).resolve().parent.name for model in models)
+        stems = [f"{photo.stem[:100]}-{runs}" for photo in photos]
+        numbers = [stems[:i].count(stem) + 1 for i, stem in enumerate(stems)]  # of the same name in several folders
+        names = [Path(out, f"{stem}-{number}.png" if number > 1 else f"{stem}.png")
+                 for stem, number in zip(stems, numbers, strict=True)]
+    for name in names:
+        check_picture_name(name)
+    return names
 
 
 def explain(photos, models, looks, top, contrast, scale, dpi, out):
@@ -766,34 +729,23 @@ def explain(photos, models, looks, top, contrast, scale, dpi, out):
 
     if not photos:
         raise CamError("explain needs a photo: python cam.py explain photo.jpg")
-    paths, named = photo_files(photos), Path(out).suffix.lower() in {".pdf", *Image.registered_extensions()}
-    if named and len(paths) > 1:
-        raise CamError(f"{out} is one picture for {len(paths)} photos: name a folder with --out")
-    if named:
-        check_picture_name(out)
-    loaded, runs = load_once(models or ["runs/cnn/best.pt"], looks)
-    if len(set(check_classes(contrast or (), loaded[0][1]["classes"]))) == 1:
+    paths, models = photo_files(photos), models or ["runs/cnn/best.pt"]
+    names = explanation_names(paths, models, out)
+    loaded = load_models(models, parse_looks(looks))
+    if contrast and len(set(check_classes(contrast, loaded[0][1]["classes"]))) == 1:
         raise CamError(f"--contrast {contrast[0]} with itself shows nothing: name two classes")
-    outs = [Path(out) if named else Path(out) / f"{path.stem[:100]}-{runs}.png" for path in paths]
-    for i, target in enumerate(outs):  # photos of the same name from several folders
-        number = 1
-        while outs[i] in outs[:i]:
-            number += 1
-            outs[i] = target.with_stem(f"{target.stem}-{number}")
-        check_picture_name(outs[i])
-    for path, target in zip(paths, outs, strict=True):
+    for path, name in zip(paths, names, strict=True):
         photo, block = torch.from_numpy(data.decode(path)), []
         for network, facts in loaded:
-            tiles = top_tiles(network, facts, photo, top, contrast)
-            first = None if block else Tile(photo, above=printable(path.stem))
-            shared = scale_of(torch.stack([tile.cells for tile in tiles])) if scale == "row" else None
-            tiles = tiles if shared else [tile._replace(above=tile.above + own_scale(tile.cells)) for tile in tiles]
-            block.append(Strip([first, *tiles], describe(facts), shared))
-        finish(draw([block], "", dpi), target, f"Class activation maps, in logits, of {path.name}", loaded)
+            row = top_classes(network, facts, photo, top, contrast)
+            original = None if block else Tile(photo, printable(path.stem))
+            tiles = map_tiles([photo] * len(row.captions), row, scale)
+            block.append(Strip([original, *tiles], row.label, text_above=True))
+        finish(draw_page([block], "", dpi), name, f"Class activation maps, in logits, of {path.name}", loaded)
 
 
 @torch.no_grad()
-def gallery(model, looks, folder, count, per_class, columns, scale, dpi, out):
+def gallery(model, looks, folder, count, columns, scale, dpi, out):
     """The most confident mistakes on val: where did the network look for what it said, and for what was there?"""
     import data
 
@@ -803,70 +755,58 @@ def gallery(model, looks, folder, count, per_class, columns, scale, dpi, out):
     probabilities = torch.cat([network(x).softmax(1) for x, _ in data.eval_batches(val, facts["size"], 32)])
     confidence, predicted = probabilities.max(1)
     mistakes = (predicted != val.labels).nonzero()[:, 0]
-    mistakes = mistakes[confidence[mistakes].argsort(descending=True)]
-    if per_class:  # of each true class the worst
-        mistakes = torch.cat([mistakes[val.labels[mistakes] == k][:1] for k in range(len(val.classes))])
-    mistakes = mistakes[:count]
+    mistakes = mistakes[confidence[mistakes].argsort(descending=True)][:count]
     if not len(mistakes):
         return print(f"{model} makes no mistake on val: there is nothing to show")
     photos, labels = [val[i] for i in mistakes], val.labels[mistakes]
-    titles, (maps, *_) = [val.classes[k] for k in labels], predict_with_maps(network, facts, photos)
-    shown = probabilities[mistakes]
-    rows = [row_of(f"{describe(facts)}; the map of what it says", maps, facts, predicted[mistakes], shown, titles),
-            row_of("the map of what is there", maps, facts, labels, shown, titles)]
-    legend = "Above: what is there; below: the class that is mapped, and how probable the network finds it."
+    titles, probabilities = [val.classes[k] for k in labels], probabilities[mistakes]
+    maps, *_ = predict_with_maps(network, facts, photos)
+    said = f"{describe(facts)}; the map of what it says"
+    rows = [row_of(said, maps, facts, predicted[mistakes], probabilities, titles),
+            row_of("the map of what is there", maps, facts, labels, probabilities, titles)]
+    legend = "Above: what is there; below: the class of the map, with its probability."
     picture = compose(photos, titles, rows, columns, scale, legend, dpi)
     finish(picture, out, "The most confident mistakes on val, and class activation maps, in logits", loaded)
-
-
-def whole_number(least, most=2**31):
-    """An argparse type: a whole number from `least` to `most`."""
-    def parse(text):
-        if not least <= int(text) <= most:
-            raise argparse.ArgumentTypeError(f"{text} is not between {least} and {most}")
-        return int(text)
-
-    parse.__name__ = "int"  # what argparse calls it where it is none
-    return parse
 
 
 def parse_command_line(arguments):
     """The function of the command, figure, explain or gallery, and its arguments by name."""
     parser = argparse.ArgumentParser(description="Where did the network look? Maps and pictures.")
-    commands = parser.add_subparsers(dest="command", required=True)
+    commands = parser.add_subparsers(required=True)
 
-    def command(run, about, out):
-        it = commands.add_parser(run.__name__, help=about, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-        it.add_argument("--out", default=out, help="the picture, .png or .pdf")
-        it.add_argument("--dpi", type=whole_number(30, 1200), default=300, help="pixels of an inch, 16 cm wide")
-        it.add_argument("--scale", choices=("row", "photo"), default="row", help="maps share a scale by row, or do not")
-        add_looks_option(it)
-        it.set_defaults(run=run)
-        return it.add_argument
+    def add_command(run, about, out):
+        command = commands.add_parser(run.__name__, help=about, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+        command.set_defaults(run=run)
+        command.add_argument("--out", default=out, help="the picture, .png or .pdf")
+        command.add_argument("--dpi", type=int, default=300, help="pixels of an inch; a picture is 16 cm wide")
+        command.add_argument("--scale", choices=("row", "photo"), default="row", help="of a row's maps, or of each map")
+        add_looks_option(command)
+        if run is not explain:
+            command.add_argument("--data", dest="folder", default="data/imagenette2-160",
+                                 help="folder or archive of photos in class folders")
+            command.add_argument("--columns", type=int, default=10, help="photos side by side; more go on below")
+        return command.add_argument
 
-    add = command(figure, "photos, and under them the maps of each network", "figures/figure.png")
-    both = ["runs/resnet18/best.pt", "runs/cnn/best.pt"]
-    add("--models", nargs="+", default=both, help="checkpoints, a row of maps for each")
-    add("--data", dest="folder", default="data/imagenette2-160", help="folder or archive of photos in class folders")
+    add = add_command(figure, "photos, and under them the maps of each network", "figures/figure.png")
+    add("--models", nargs="+", default=["runs/resnet18/best.pt", "runs/cnn/best.pt"],
+        help="checkpoints, a row of maps for each")
     add("--classes", nargs="+", help="which classes to show of val, in this order")
-    add("--images", nargs="+", help="photos of your own, folders or quoted patterns, instead of val")
+    add("--images", nargs="+", help="photos of your own, folders or quoted patterns, instead of those of val")
     add("--titles", nargs="+", help="a title for each of --images")
     add("--truth", nargs="+", help="what is there: a class for each of --images, or one for all")
-    add("--seed", type=whole_number(0, 2**63 - 1), default=0, help="chooses the photos out of val")
-    add("--columns", type=whole_number(1, 10), default=10, help="photos side by side; more go on below")
-    add = command(explain, "the top classes of any photo, or of a folder of them", "figures")
+    add("--seed", type=int, default=0, help="chooses the photos out of val")
+    add = add_command(explain, "the top classes of any photo, or of a folder of them", "figures")
     add("photos", nargs="*", help="photos, folders or quoted patterns")
     add("--model", dest="models", action="append", help="checkpoint (runs/cnn/best.pt); repeat it to compare")
-    add("--top", type=whole_number(1, 10), default=3, help="classes to show")
+    add("--top", type=int, default=3, help="classes to show")
     add("--contrast", nargs=2, metavar=("A", "B"), help="two classes: also show what speaks for A and against B")
-    add = command(gallery, "the most confident mistakes on val", "figures/gallery.png")
+    add = add_command(gallery, "the most confident mistakes on val", "figures/gallery.png")
     add("--model", default="runs/cnn/best.pt", help="checkpoint")
-    add("--data", dest="folder", default="data/imagenette2-160", help="folder or archive of photos in class folders")
-    add("--count", type=whole_number(1, MOST_PHOTOS), default=10, help="mistakes to show")
-    add("--per-class", action="store_true", help="the worst of each class, instead of the worst of all")
-    add("--columns", type=whole_number(1, 10), default=10, help="photos side by side; more go on below")
+    add("--count", type=int, default=10, help="mistakes to show")
     named = vars(parser.parse_args(arguments))
-    del named["command"]
+    for option, (least, most) in LIMITS.items():
+        if not least <= named.get(option, least) <= most:
+            parser.error(f"--{option} {named[option]} is not between {least} and {most}")
     return named.pop("run"), named
 
 
@@ -878,18 +818,18 @@ def main(arguments=None):
     try:
         import data
         import models
+
+        run(**named)
+    except KeyboardInterrupt:
+        print("cam.py: interrupted, nothing is left half-written", file=sys.stderr)
+        sys.exit(130)
     except ModuleNotFoundError as error:
         print(f"cam.py: {error.name}.py is missing: the commands need data.py and models.py beside cam.py, whose "
               "functions alone work without", file=sys.stderr)
         sys.exit(2)
-    try:
-        run(**named)
     except (CamError, data.DataError, models.ModelError, OSError) as error:
         print(f"cam.py: {error}", file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt:
-        print("cam.py: interrupted, nothing is left half-written", file=sys.stderr)
-        sys.exit(130)
 
 
 if __name__ == "__main__":
