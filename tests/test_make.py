@@ -86,7 +86,7 @@ def test_options_go_to_the_training_they_are_for(make):
 
 @pytest.fixture
 def newcomer(tmp_path):
-    """newcomer(python3="...", ...): what make says where there are these programs, shell scripts, and no other Python."""
+    """newcomer(python3="...", ...): what make says where there are these shell scripts and no other Python."""
     for name in ("Makefile", "requirements.txt", "requirements-dev.txt"):
         shutil.copy(REPO / name, tmp_path)
     (tmp_path / "bin").mkdir()

@@ -50,7 +50,7 @@ TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2
 
 def arguments(photos, runs, *more, epochs=EPOCHS):
     return ["cnn", "--data", photos, "--runs", runs, "--device", "cpu", "--epochs", epochs, "--crop", 32, "--size", 32,
-            "--batch-size", 16, *more]  # fmt: skip
+            "--batch-size", 16, *more]
 
 
 def training(photos, runs, *more, **options):
@@ -67,7 +67,7 @@ def start(tmp_path):
         paths = os.pathsep.join([str(REPO), str(REPO / "tests")])
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": paths, **options.pop("env", {})}
         started.append(subprocess.Popen([sys.executable, *map(str, command)], cwd=tmp_path, env=environment, text=True,
-                                        stdout=subprocess.PIPE, stderr=subprocess.PIPE, **options))  # fmt: skip
+                                        stdout=subprocess.PIPE, stderr=subprocess.PIPE, **options))
         return started[-1]
 
     yield call
@@ -203,7 +203,7 @@ train.main()
 
 @pytest.mark.parametrize(("name", "turn", "moment", "kept"), [
     ("last.pt", 3, "half written", 2), ("last.pt", 3, "before the rename", 2), ("best.pt", 1, "after the rename", 0),
-])  # fmt: skip
+])
 def test_killed_in_writing_it_keeps_the_epoch_before(start, whole, demo, tmp_path, name, turn, moment, kept):
     result = end(start("-c", DYING, name, turn, moment, *arguments(demo, tmp_path)))
     assert result.returncode == -signal.SIGKILL, result.stderr
@@ -347,7 +347,7 @@ def mutations(count, seed):
     rng, exif = random.Random(seed), Image.Exif()
     exif[274] = 6  # turned
     originals = [encoded("JPEG", exif=exif), encoded("JPEG", progressive=True), encoded("JPEG", "CMYK"), encoded("PNG"),
-                 encoded("PNG", "P", transparency=3), encoded("PNG", "LA"), encoded("PNG", "1")]  # fmt: skip
+                 encoded("PNG", "P", transparency=3), encoded("PNG", "LA"), encoded("PNG", "1")]
     for number in range(count):
         raw = bytearray(originals[number % len(originals)])
         for _ in range(rng.randint(1, 4)):

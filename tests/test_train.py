@@ -292,7 +292,7 @@ def test_evaluation_is_a_mean_over_photos_not_over_batches():
 
 
 @pytest.mark.parametrize(("bf16", "amx", "dtype"), [(False, False, None), (True, False, torch.bfloat16),
-                                                    (False, True, torch.bfloat16)])  # fmt: skip
+                                                    (False, True, torch.bfloat16)])
 def test_cpu_computes_in_bfloat16_only_where_it_has_it(monkeypatch, bf16, amx, dtype):
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: bf16)
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
@@ -304,14 +304,14 @@ def test_cpu_computes_in_bfloat16_only_where_it_has_it(monkeypatch, bf16, amx, d
 @pytest.mark.parametrize(("capability", "expected"), [
     ((9, 0), (torch.bfloat16, False, torch.channels_last)), ((8, 0), (torch.bfloat16, False, torch.channels_last)),
     ((7, 5), (torch.float16, True, torch.channels_last)), ((7, 0), (torch.float16, True, torch.channels_last)),
-])  # fmt: skip
+])
 def test_cuda_scales_gradients_where_it_must_use_float16(monkeypatch, capability, expected):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *device: capability)
     assert train.choose_precision(torch.device("cuda")) == expected
 
 
 @pytest.mark.parametrize(("dtype", "products"), [
-    (None, torch.float32), (torch.float16, torch.float32), (torch.bfloat16, torch.bfloat16)])  # fmt: skip
+    (None, torch.float32), (torch.float16, torch.float32), (torch.bfloat16, torch.bfloat16)])
 def test_float16_is_for_the_network_alone(dtype, products):
     assert train.Precision(dtype, False, torch.channels_last).products == products
 
@@ -503,7 +503,7 @@ def test_every_character_in_the_curves_is_in_the_font(tmp_path, monkeypatch):
     texts, write = [], ImageDraw.ImageDraw.text
     monkeypatch.setattr(ImageDraw.ImageDraw, "text",
                         lambda pen, xy, text, *rest, **options: texts.append((text, rest[1])) or
-                        write(pen, xy, text, *rest, **options))  # fmt: skip
+                        write(pen, xy, text, *rest, **options))
     row = dict(epoch=1, train_loss=2.0, val_loss=1.0, train_accuracy=0.5, val_accuracy=1.0)
     train.draw_curves([row], tmp_path / "curves.png")
     face = texts[0][1]
@@ -695,7 +695,7 @@ def test_a_log_that_misses_the_last_epoch_is_completed(trained, demo, tmp_path):
 OTHER = [(["--lr", 0.017], "lr"), (["--seed", 5], "seed"), (["--epochs", 13], "epochs"),
          (["--plain-crop"], "plain_crop"), (["--size", 24], "size"), (["--looks", "16,24"], "looks"),
          (["--batch-size", 15], "batch_size"),
-         (["--holdout", 0.5], "holdout")]  # fmt: skip
+         (["--holdout", 0.5], "holdout")]
 
 
 @pytest.mark.parametrize(("more", "name"), OTHER)
@@ -904,7 +904,7 @@ def test_no_file_is_ever_half_there(trained, demo, tmp_path, call, monkeypatch, 
 @pytest.mark.parametrize("error", [
     torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB"),
     RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 1688 bytes."),
-])  # fmt: skip
+])
 def test_too_little_memory_names_the_batch_size(demo, tmp_path, call, monkeypatch, error):
     def epoch(*things):
         raise error
@@ -937,7 +937,7 @@ def test_unknown_network_is_refused_by_the_command(run, demo, tmp_path):
     (["--size", 1], ["--size"]),
     (["--looks", "1,64"], ["--looks"]),
     (["--seed", 10**20], ["seed"]),
-])  # fmt: skip
+])
 def test_bad_input_is_refused(call, demo, tmp_path, more, words):
     (tmp_path / "garbage.tgz").write_bytes(b"no archive" * 50)
     (tmp_path / "garbage.pt").write_bytes(b"no weights" * 50)
@@ -949,7 +949,7 @@ def test_bad_input_is_refused(call, demo, tmp_path, more, words):
 
 @pytest.mark.parametrize(("weights", "words"), [
     ("garbage.pt", ["garbage.pt"]), ("missing.pt", ["missing.pt"]), ("other.pt", ["other.pt", "resnet18"]),
-])  # fmt: skip
+])
 def test_weights_that_are_none_are_refused(call, demo, tmp_path, weights, words):
     (tmp_path / "garbage.pt").write_bytes(b"no weights" * 50)
     torch.save({"conv1.weight": torch.zeros(3)}, tmp_path / "other.pt")
