@@ -1,16 +1,15 @@
 """train.py: the loop learns, a frozen network stays frozen, and nothing that was finished is ever lost."""
 
 import ast
+import contextlib
 import csv
 import inspect
 import json
 import os
-import resource
 import shutil
 import signal
 import subprocess
 import sys
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -34,6 +33,7 @@ KINDS = {  # what is trained: everything from scratch, a last layer alone, a net
     "head": ["resnet18", "--weights", "none"],
     "all": ["resnet18", "--weights", "none", "--unfreeze"],
 }
+SMALL = "mnasnet0_5"  # has a tenth of resnet18's parameters; its features, untrained, are too small to compare
 TIMES = {"seconds", "images_per_second"}  # what may differ between two runs of the same seed
 
 
@@ -47,6 +47,18 @@ def arguments(demo, runs, *more, arch="cnn", epochs=EPOCHS):
 def training(*these, **options):
     """A training in this process, up to its end or to whatever stops it."""
     train.train(*train.parse_arguments(arguments(*these, **options)))
+
+
+@contextlib.contextmanager
+def full_disk(size):
+    """Files of more bytes fail as on a full disk, in the middle of writing (Python ignores the signal)."""
+    resource = pytest.importorskip("resource")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
 def stop_after(epochs, monkeypatch):
@@ -127,12 +139,12 @@ def call(tmp_path, monkeypatch, capsys):
     return call
 
 
-def start(demo, runs, **options):
+def start(demo, runs):
     """The training of `trained` as a process of its own."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, str(REPO / "train.py"), *arguments(demo, runs)]
     pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    return subprocess.Popen(command, env=environment, **pipes, **options)
+    return subprocess.Popen(command, env=environment, **pipes)
 
 
 def wait_for_an_epoch(process):
@@ -376,9 +388,9 @@ def test_an_epoch_on_cuda(demo, tmp_path, monkeypatch, capability):
 @pytest.mark.parametrize("unfreeze", [False, True])
 def test_frozen_features_keep_every_parameter_and_buffer(demo, tmp_path, unfreeze):
     more = ["--weights", "none", "--seed", 3, *["--unfreeze"] * unfreeze]
-    training(demo, tmp_path, *more, arch="resnet18", epochs=1)
+    training(demo, tmp_path, *more, arch=SMALL, epochs=1)
     torch.manual_seed(3)
-    before, after = models.build("resnet18").state_dict(), models.read(tmp_path / "resnet18" / "last.pt")["network"]
+    before, after = models.build(SMALL).state_dict(), models.read(tmp_path / SMALL / "last.pt")["network"]
     assert before.keys() == after.keys()
     changed = {key for key in before if not torch.equal(before[key], after[key])}
     heads = {key for key in before if key.startswith("head.")}
@@ -550,7 +562,7 @@ def test_what_is_not_given_is_of_the_recipe(kind):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_dry_run_writes_everything_under_a_name_of_its_own(call, demo, tmp_path, kind):
-    arch, *more = KINDS[kind]
+    arch, *more = [word.replace("resnet18", SMALL) for word in KINDS[kind]]
     again = arguments(demo, "runs", *more, "--batch-size", 16, "--dry-run", arch=arch)
     result = call(*again)
     assert result.returncode == 0, result.stderr
@@ -615,7 +627,7 @@ def test_a_run_that_was_stopped_ends_as_if_it_had_not_been(trained, demo, tmp_pa
 
 
 def test_a_stopped_head_goes_on_too(demo, tmp_path, monkeypatch):
-    arch, *more = KINDS["head"]
+    arch, more = SMALL, ["--weights", "none"]
     training(demo, tmp_path, *more, "--name", "whole", arch=arch, epochs=2)
     with monkeypatch.context() as patch:
         stop_after(1, patch)
@@ -777,14 +789,14 @@ def test_a_run_goes_on_where_another_precision_began_it(trained, demo, tmp_path,
     with monkeypatch.context() as patch:
         stop_after(1, patch)
         with pytest.raises(KeyboardInterrupt):
-            training(demo, tmp_path)
+            training(demo, tmp_path, epochs=2)
     scaling = train.Precision(torch.float16, True, torch.channels_last)
     monkeypatch.setattr(train, "choose_precision", lambda device: scaling)
     scalers, epoch = [], train.train_epoch
     monkeypatch.setattr(train, "train_epoch", lambda *things: scalers.append(things[4]) or epoch(*things))
     monkeypatch.setattr(train.F, "cross_entropy", lambda logits, *a, **k: cross_entropy(logits.float(), *a, **k))
-    training(demo, tmp_path)
-    assert scalers and all(scaler.is_enabled() for scaler in scalers) and len(log(tmp_path / "cnn")) == EPOCHS
+    training(demo, tmp_path, epochs=2)
+    assert scalers and all(scaler.is_enabled() for scaler in scalers) and len(log(tmp_path / "cnn")) == 2
 
 
 # ---------------------------------------------------------------- several looks
@@ -859,16 +871,15 @@ def test_weights_that_give_no_number_are_never_saved(demo, tmp_path, call):
     assert not list(tmp_path.rglob("*.pt"))
 
 
-def test_a_full_disk_ends_a_process_with_a_sentence_and_the_epoch_before_intact(trained, demo, tmp_path, monkeypatch):
+def test_a_full_disk_ends_in_a_sentence_and_the_epoch_before_is_intact(trained, demo, tmp_path, call, monkeypatch):
     with monkeypatch.context() as patch:
         stop_after(1, patch)
         with pytest.raises(KeyboardInterrupt):
             training(demo, tmp_path)
     before = (tmp_path / "cnn" / "last.pt").read_bytes()
-    limit = 100_000  # bytes of a file: enough for a log and a picture, not for weights
-    process = start(demo, tmp_path, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)))
-    output, error = process.communicate(timeout=300)
-    assert refused(SimpleNamespace(returncode=process.returncode, stdout=output, stderr=error), "too large", ".pt")
+    with full_disk(100_000):  # bytes: enough for a log and a picture, not for weights
+        result = call(*arguments(demo, tmp_path))
+    assert refused(result, "too large", ".pt")
     assert (tmp_path / "cnn" / "last.pt").read_bytes() == before
     assert not list(tmp_path.rglob("*.part"))
     training(demo, tmp_path)  # there is room again
@@ -916,8 +927,8 @@ def test_too_little_memory_names_the_batch_size(demo, tmp_path, call, monkeypatc
 # ---------------------------------------------------------------- bad input
 
 
-def test_unknown_network_is_refused_by_the_command(run, demo, tmp_path):
-    assert refused(run("train.py", *arguments(demo, tmp_path, arch="resnet1")), "resnet1", "resnet18")
+def test_unknown_network_is_refused_by_the_command(call, demo, tmp_path):
+    assert refused(call(*arguments(demo, tmp_path, arch="resnet1")), "resnet1", "resnet18")
     assert not (tmp_path / "resnet1").exists()
 
 
