@@ -238,33 +238,43 @@ def fill_disk(size):
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
 
 
-def full(size):
-    return {"preexec_fn": lambda: fill_disk(size)}
+@contextlib.contextmanager
+def full_disk(size):
+    """A disk that is full for as long as the block lasts."""
+    try:
+        fill_disk(size)
+        yield
+    finally:
+        fill_disk(resource.getrlimit(resource.RLIMIT_FSIZE)[1])
 
 
 def test_a_disk_full_of_weights_keeps_the_last_ones(run, whole, demo, tmp_path):
     shutil.copytree(whole / "halfway", tmp_path / "cnn")
     before = (tmp_path / "cnn" / "last.pt").read_bytes()
-    limit = full(len(before) - 1)  # best.pt fits
-    assert refused(run("train.py", *arguments(demo, tmp_path), **limit), "too large", "last.pt")
+    result = run("train.py", *arguments(demo, tmp_path), preexec_fn=lambda: fill_disk(len(before) - 1))  # best.pt fits
+    assert refused(result, "too large", "last.pt")
     assert (tmp_path / "cnn" / "last.pt").read_bytes() == before and parts(tmp_path) == []
     training(demo, tmp_path)  # there is room again
     assert same_run(tmp_path / "cnn", whole / "cnn")
 
 
-def test_a_disk_full_of_photos_keeps_the_folder_before(run, fresh, tmp_path):
+def test_a_disk_full_of_photos_keeps_the_folder_before(call, fresh, tmp_path):
     archive = Path(shutil.make_archive(tmp_path / "photos", "gztar", fresh))
     folder = data.prepare(archive, tmp_path / "root")
     before = {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
     os.utime(archive, (1, 1))  # another one, to be unpacked anew
-    assert refused(run("data.py", archive, "--root", "root", **full(2000)), "too large")
+    with full_disk(2000):
+        result = call(data, archive, "--root", "root")
+    assert refused(result, "too large")
     assert {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()} == before and parts(tmp_path) == []
 
 
-def test_a_disk_full_of_pictures_keeps_the_figure_before(run, whole, demo, tmp_path):
+def test_a_disk_full_of_pictures_keeps_the_figure_before(call, whole, demo, tmp_path):
     (tmp_path / "figure.png").write_bytes(b"the figure before")
     command = ["figure", "--models", whole / "cnn" / "best.pt", "--data", demo, "--out", "figure.png", "--dpi", 72]
-    assert refused(run("cam.py", *command, **full(5000)), "too large", "figure.png")
+    with full_disk(5000):
+        result = call(cam, *command)
+    assert refused(result, "too large", "figure.png")
     assert (tmp_path / "figure.png").read_bytes() == b"the figure before" and os.listdir(tmp_path) == ["figure.png"]
 
 
@@ -500,12 +510,8 @@ def test_a_file_of_another_length_is_refused(fetch, server, size):
 
 
 def test_a_disk_full_of_a_download_keeps_what_fits(fetch, server, tmp_path):
-    try:
-        fill_disk(400_000)
-        with pytest.raises(OSError, match="too large"):
-            fetch()
-    finally:
-        fill_disk(resource.getrlimit(resource.RLIMIT_FSIZE)[1])
+    with full_disk(400_000), pytest.raises(OSError, match="too large"):
+        fetch()
     done, asked = fetch()
     assert done and asked[0] > 200_000
 
