@@ -50,7 +50,7 @@ TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2
 
 def arguments(photos, runs, *more, epochs=EPOCHS):
     return ["cnn", "--data", photos, "--runs", runs, "--device", "cpu", "--epochs", epochs, "--crop", 32, "--size", 32,
-            "--batch-size", 16, *more]
+            "--width", 16, "--batch-size", 16, *more]
 
 
 def training(photos, runs, *more, **options):
@@ -670,8 +670,8 @@ def test_a_dead_process_ends_the_others_and_the_same_command_goes_on(start, fres
     last = models.read(folder / "last.pt")
     for row in last["rows"]:
         assert all(abs(n - round(n)) < 1e-3 for n in (59 * row["train_accuracy"], 19 * row["val_accuracy"]))
-    network = models.cnn()
-    network.load_state_dict(last["network"])
+    network = models.cnn(width=16)
+    network.load_state_dict(last["average"])
     batches = data.eval_batches(data.load(fresh, "val"), 32, 128)
     loss, right, _ = train.evaluate(network, batches, train.choose_precision(torch.device("cpu")), 10).sum(1).tolist()
     assert abs(right / 19 - row["val_accuracy"]) < 1e-4  # what is saved is what was measured

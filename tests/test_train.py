@@ -40,6 +40,7 @@ TIMES = {"seconds", "images_per_second"}  # what may differ between two runs of 
 def arguments(demo, runs, *more, arch="cnn", epochs=EPOCHS):
     """A training of the smallest size: 60 photos of 16 x 16 px, 2 steps an epoch."""
     crop = ["--crop", "16"] if arch == "cnn" or "--unfreeze" in more else []
+    crop += ["--width", "16"] if arch == "cnn" else []
     return [arch, "--data", str(demo), "--runs", str(runs), "--device", "cpu", "--epochs", str(epochs), "--size", "16",
             "--looks", "16", *crop, "--batch-size", "32", *map(str, more)]
 
