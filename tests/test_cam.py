@@ -45,7 +45,7 @@ def checkpoint(path, seed=0, classes=CLASSES):
     network = models.cnn(len(classes))
     nn.init.normal_(network.head.weight)
     models.save(path, network, arch="cnn", classes=classes, mean=data.MEAN, std=data.STD, size=SIZE,
-                settings={"frozen": False}, epoch=1, accuracy=0.5)  # fmt: skip
+                settings={"frozen": False}, epoch=1, accuracy=0.5)
     return path
 
 
@@ -258,9 +258,9 @@ def to_linear(rgb):
 def oklab_of_linear(linear):
     """OKLab by Ottosson's own matrices, the way that cam.py does not go."""
     to_lms = torch.tensor([[0.4122214708, 0.5363325363, 0.0514459929], [0.2119034982, 0.6806995451, 0.1073969566],
-                           [0.0883024619, 0.2817188376, 0.6299787005]], dtype=torch.double)  # fmt: skip
+                           [0.0883024619, 0.2817188376, 0.6299787005]], dtype=torch.double)
     to_lab = torch.tensor([[0.2104542553, 0.7936177850, -0.0040720468], [1.9779984951, -2.4285922050, 0.4505937099],
-                           [0.0259040371, 0.7827717662, -0.8086757660]], dtype=torch.double)  # fmt: skip
+                           [0.0259040371, 0.7827717662, -0.8086757660]], dtype=torch.double)
     return (linear @ to_lms.T).clamp(min=0) ** (1 / 3) @ to_lab.T
 
 
@@ -280,7 +280,7 @@ KNOWN = [  # OKLab of sRGB colours, as CSS Color 4 lists them
     ((1, 0, 0), (255, 255, 255)), ((0, 0, 0), (0, 0, 0)), ((0.59987, 0, 0), (128, 128, 128)),
     ((0.62796, 0.22486, 0.12585), (255, 0, 0)), ((0.86644, -0.23389, 0.17950), (0, 255, 0)),
     ((0.45201, -0.03246, -0.31153), (0, 0, 255)),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize(("lab", "rgb"), KNOWN)
@@ -482,7 +482,7 @@ def test_a_row_has_one_scale():
     titles = ["a", "b", "c"]
     canvas = np.array(cam.compose([noise_photo((40, 60))] * 3, titles, rows, dpi=DPI))
     tiles = [[canvas[top : top + h, x : x + w] for x, _, w, h, tops in places([(40, 60)] * 3, titles, rows)
-              for top in tops[r : r + 1]] for r in (0, 1)]  # fmt: skip
+              for top in tops[r : r + 1]] for r in (0, 1)]
     assert np.array_equal(tiles[0][0], tiles[0][1])
     assert chroma(tiles[0][2]).mean() == pytest.approx(0.5 * float(chroma(tiles[0][0]).mean()), rel=0.15)
     assert all(abs(a.astype(int) - b).max() <= 1 for a, b in zip(*tiles, strict=True))  # float32 rounds
@@ -790,7 +790,7 @@ def picture_of(kind, path):
 
 
 KINDS = ["very wide.png", "very tall.jpg", "a line.png", "tiny.png", "turned.jpg", "cmyk.jpg", "rgba.png", "grey.png",
-         "deep.png"]  # fmt: skip
+         "deep.png"]
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -154,7 +154,7 @@ MODES = {  # name: (image, format, options, the RGB values of its first row)
     "LA": (Image.fromarray(np.array([[(100, 255), (100, 0)]], np.uint8)), "PNG", {}, [(100,) * 3, WHITE]),
     "16 bits": (Image.fromarray(np.array([[257 * 100, 65535]], np.uint16)), "PNG", {}, [(100,) * 3, WHITE]),
     "16 bits TIFF": (Image.fromarray(np.array([[257 * 7]], np.uint16)), "TIFF", {}, [(7,) * 3]),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -168,7 +168,7 @@ def test_every_mode_becomes_rgb(mode):
 # How a camera stores an upright photo (EXIF tag 274): what was turned one way is to be shown turned the other.
 STORED = {1: lambda u: u, 2: np.fliplr, 3: lambda u: np.rot90(u, 2), 4: np.flipud,
           5: lambda u: u.swapaxes(0, 1), 6: lambda u: np.rot90(u, 1),
-          7: lambda u: np.rot90(u, 2).swapaxes(0, 1), 8: lambda u: np.rot90(u, -1)}  # fmt: skip
+          7: lambda u: np.rot90(u, 2).swapaxes(0, 1), 8: lambda u: np.rot90(u, -1)}
 
 
 @pytest.mark.parametrize("orientation", STORED)
@@ -309,7 +309,7 @@ def test_evaluation_is_in_order_whole_and_always_the_same(batch_size):
 
 
 @pytest.mark.parametrize("batches", [lambda p: data.train_batches(p, 24, 4, torch.Generator()),
-                                     lambda p: data.eval_batches(p, 24, 4)], ids=["train", "eval"])  # fmt: skip
+                                     lambda p: data.eval_batches(p, 24, 4)], ids=["train", "eval"])
 def test_batches_are_float32_and_channels_last(batches):
     for images, labels in batches(ragged()):
         assert images.shape == (4, 3, 24, 24) and images.dtype == torch.float32 and labels.dtype == torch.int64
@@ -966,7 +966,7 @@ def member(name, kind=tarfile.REGTYPE, link="", size=0):
 
 def contents(folder):
     return {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*.*")
-            if p.is_file() and not p.name.startswith(".") and p.suffix not in (".pixels", ".lock")}  # fmt: skip
+            if p.is_file() and not p.name.startswith(".") and p.suffix not in (".pixels", ".lock")}
 
 
 @pytest.mark.parametrize("top", ["imagenette2-160/", ""])
