@@ -264,7 +264,7 @@ def test_one_batch_can_be_learnt_by_heart(demo, tmp_path, monkeypatch):
     (batch,) = data.eval_batches(photos, 24, len(photos))
     recipe, _ = train.parse_arguments(arguments(demo, tmp_path, "--batch-size", len(photos), epochs=4))
     torch.manual_seed(0)
-    network = models.cnn()
+    network = models.cnn(width=32)
     batches = network, lambda generator: [batch] * 8, lambda: [batch]
     facts, precision = {"classes": photos.classes}, train.choose_precision(CPU)
     rows = train.run_epochs(tmp_path, recipe, network, batches, 8 * len(photos), facts, None, precision)
