@@ -572,7 +572,7 @@ def test_dry_run_writes_everything_under_a_name_of_its_own(call, demo, tmp_path,
     assert {p.name for p in folder.iterdir()} == {"best.pt", "last.pt", "log.csv", "curves.png", "config.json",
                                                   "result.json", "run.lock"}
     assert len(log(folder)) == 1
-    assert json.loads((folder / "config.json").read_text())["photos"] == [32, 20]  # two batches
+    assert json.loads((folder / "config.json").read_text())["recipe"]["photos"] == [32, 20]  # two batches
     models.load(folder / "best.pt")
     if kind == "head":
         assert call(*again).returncode == 0  # and a second time
@@ -753,6 +753,8 @@ def test_photos_that_were_copied_are_the_same_photos(trained, demo, tmp_path):
 @pytest.mark.parametrize("damage", [os.unlink, lambda path: os.truncate(path, 1000)])
 def test_a_run_that_lost_weights_is_neither_called_done_nor_trained_over(trained, demo, tmp_path, call, name, damage):
     shutil.copytree(trained, tmp_path / "cnn")
+    best = tmp_path / "cnn" / "best.pt"
+    models.write(best, models.read(best) | {"epoch": 2})  # one of epoch 1 without last.pt is a run that just began
     damage(tmp_path / "cnn" / name)
     before = contents(tmp_path / "cnn")
     assert refused(call(*arguments(demo, tmp_path)), tmp_path / "cnn" / name, "remove")
