@@ -7,10 +7,11 @@ RUNS    ?= runs
 FIGURES ?= figures
 
 ifdef PYTHON
-ENV :=
-DEV :=
+override PYTHON := $(PYTHON:~/%=$(HOME)/%)
+ENV := python
+DEV := python-dev
 else
-PYTHON := .venv/bin/python
+override PYTHON := .venv/bin/python
 ENV := .venv/.runs
 DEV := .venv/.tests
 endif
@@ -25,7 +26,8 @@ NETWORKS := $(if $(filter cnn,$(ARCH)),,"$(RUNS)/$(ARCH)/best.pt") "$(RUNS)/cnn/
 # result.json is the last file that a training writes: where it is missing, train, or go on training.
 trained = [ -e "$(RUNS)/$(1)/result.json" ] || $(MAKE) --no-print-directory $(2)
 
-.PHONY: help demo data train-cnn finetune networks figure score test test-long bench lint clean clean-runs
+.PHONY: help demo data train-cnn finetune networks figure score test test-long bench lint clean clean-runs \
+        python python-dev
 .DELETE_ON_ERROR:
 
 help:  ## this list
@@ -36,42 +38,45 @@ help:  ## this list
 DEMO    := --data data/demo --runs "$(RUNS)/demo" $(if $(DEVICE),--device "$(DEVICE)")
 DEMOED  := "$(RUNS)/demo/resnet18/best.pt" "$(RUNS)/demo/cnn/best.pt"
 demo: $(ENV)  ## everything, offline, on photos that are drawn here: two networks, the figure, the scores
-	$(PYTHON) tests/demo.py data/demo
-	$(PYTHON) train.py cnn $(DEMO) --epochs 10
-	$(PYTHON) train.py resnet18 $(DEMO) --epochs 7 --weights none --unfreeze --lr 0.01 --batch-size 32 --crop 96 --size 128 --looks 128
-	$(PYTHON) score.py $(DEMOED) --data data/demo --deletion 0 --out "$(FIGURES)/demo-scores"
-	$(PYTHON) cam.py figure --data data/demo --models $(DEMOED) --out "$(FIGURES)/demo.png"
+	"$(PYTHON)" tests/demo.py data/demo
+	"$(PYTHON)" train.py cnn $(DEMO) --epochs 10
+	"$(PYTHON)" train.py resnet18 $(DEMO) --epochs 7 --weights none --unfreeze --lr 0.01 --batch-size 32 --crop 96 --size 128 --looks 128
+	"$(PYTHON)" score.py $(DEMOED) --data data/demo --deletion 0 --out "$(FIGURES)/demo-scores" > /dev/null
+	"$(PYTHON)" cam.py figure --data data/demo --models $(DEMOED) --out "$(FIGURES)/demo.png" > /dev/null
+	@"$(PYTHON)" tests/reading.py "$(FIGURES)/demo-scores.csv" "$(FIGURES)/demo.png"
 
 data: $(ENV)  ## ImageNette-160: downloaded, or from DATA=; checked and decoded
-	$(PYTHON) data.py $(if $(DATA),"$(DATA)")
+	"$(PYTHON)" data.py $(if $(DATA),"$(DATA)")
 
 train-cnn: data  ## the CNN from scratch: 64 x 64 crops, 100 epochs, best kept
-	$(PYTHON) train.py cnn $(TRAIN)
+	"$(PYTHON)" train.py cnn $(TRAIN)
 
 finetune: data  ## ARCH (resnet18), ImageNet weights, all frozen but the last layer, 5 epochs
-	$(PYTHON) train.py "$(ARCH)" $(TRAIN) $(TUNE)
+	"$(PYTHON)" train.py "$(ARCH)" $(TRAIN) $(TUNE)
 
 networks: data
 	@$(if $(filter cnn,$(ARCH)),,$(call trained,$(ARCH),finetune))
 	@$(call trained,cnn,train-cnn)
 
 figure: networks  ## ten photos and the maps of both networks
-	$(PYTHON) cam.py figure $(SOURCE) --models $(NETWORKS) --out "$(FIGURES)/figure.png"
+	"$(PYTHON)" cam.py figure $(SOURCE) --models $(NETWORKS) --out "$(FIGURES)/figure.png"
 
 score: networks  ## accuracy, faithfulness, localisation, as tables
-	$(PYTHON) score.py $(NETWORKS) $(SOURCE) $(if $(BOXES),--boxes "$(BOXES)") --out "$(FIGURES)/scores"
+	"$(PYTHON)" score.py $(NETWORKS) $(SOURCE) $(if $(BOXES),--boxes "$(BOXES)") --out "$(FIGURES)/scores"
 
+# One process for each core, up to 8, as each takes memory for torch; one that is done takes tests of the others.
+PYTEST  := "$(PYTHON)" -m pytest -n auto --maxprocesses 8 --dist worksteal
 test: $(DEV)  ## the tests, offline, a few minutes
-	$(PYTHON) -m pytest
+	$(PYTEST)
 
 test-long: $(DEV)  ## longer proofs, some minutes more
-	$(PYTHON) -m pytest -m long
+	$(PYTEST) -m long
 
 bench: data .peers  ## speed and memory against the usual way, side by side, a quarter of an hour
-	$(PYTHON) tests/bench.py $(SOURCE) $(if $(DEVICE),--device "$(DEVICE)") --peers .peers
+	"$(PYTHON)" tests/bench.py $(SOURCE) $(if $(DEVICE),--device "$(DEVICE)") --peers .peers
 
 lint: $(DEV)  ## ruff
-	$(PYTHON) -m ruff check .
+	"$(PYTHON)" -m ruff check .
 
 clean:  ## remove figures and tables; trainings and data stay
 	rm -rf -- "$(FIGURES)"
@@ -79,21 +84,38 @@ clean:  ## remove figures and tables; trainings and data stay
 clean-runs:  ## remove the trainings in RUNS, hours of work perhaps
 	rm -rf -- "$(RUNS)"
 
+# What a newcomer may lack ends in one sentence: a Python, its venv module, the network, the packages.
+INSTALL := "$(PYTHON)" -m pip install --quiet
+FAILED  := { echo "make: pip could not install the packages: with a network (behind a proxy: HTTPS_PROXY=) the same" \
+           "command goes on; where pip wants a compiler, there are no packages ready for this Python: take another," \
+           "or one that has them, with PYTHON=" >&2; exit 2; }
+
 .venv/.runs: requirements.txt
-	@python3 -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
-	    { echo "make: this needs Python 3.11 or newer as python3, or PYTHON=path/to/one with the packages in it" >&2; exit 2; }
-	@python3 -m venv .venv || { rm -rf .venv; echo "make: python3 cannot make an environment (on Debian and Ubuntu:" \
+	@found=; for python in python3 python3.13 python3.12 python3.11; do \
+	    if $$python -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2> /dev/null; then found=$$python; break; fi; \
+	done; \
+	[ "$$found" ] || { echo "make: this needs Python 3.11 or newer: install it, or name one that has the packages of" \
+	    "$< with PYTHON=" >&2; exit 2; }; \
+	$$found -m venv .venv || { rm -rf .venv; echo "make: $$found cannot make an environment (on Debian and Ubuntu:" \
 	    "apt install python3-venv), or name one that is there with PYTHON=" >&2; exit 2; }
-	.venv/bin/python -m pip install --quiet -r requirements.txt
+	@$(INSTALL) -r $< || $(FAILED)
 	@touch $@
 
 .venv/.tests: requirements-dev.txt .venv/.runs
-	.venv/bin/python -m pip install --quiet -r requirements-dev.txt
+	@$(INSTALL) -r $< || $(FAILED)
 	@touch $@
+
+PACKAGES = torch torchvision PIL numpy
+python-dev: PACKAGES += pytest xdist hypothesis ruff
+python python-dev:
+	@"$(PYTHON)" -c 'import sys, importlib.util as util; \
+	    sys.exit(sys.version_info < (3, 11) or None in map(util.find_spec, sys.argv[1:]))' $(PACKAGES) 2> /dev/null || \
+	    { echo "make: PYTHON=$(PYTHON) is no Python 3.11 or newer that has $(PACKAGES): install" \
+	    "$(subst python,requirements,$@).txt there, or leave PYTHON= out" >&2; exit 2; }
 
 # What the benchmark alone needs. Without its dependencies first: torch is here already, in the version that is measured.
 .peers: | $(ENV)
 	rm -rf .peers.part
-	$(PYTHON) -m pip install --quiet --target .peers.part --no-deps torchcam==0.5.0 grad-cam==1.5.7 ttach==0.0.3
-	$(PYTHON) -m pip install --quiet --target .peers.part --upgrade opencv-python-headless matplotlib scikit-learn tqdm
+	@$(INSTALL) --target .peers.part --no-deps torchcam==0.5.0 grad-cam==1.5.7 ttach==0.0.3 || $(FAILED)
+	@$(INSTALL) --target .peers.part --upgrade opencv-python-headless matplotlib scikit-learn tqdm || $(FAILED)
 	mv .peers.part .peers

@@ -85,7 +85,7 @@ def main():
             pointing = score.pointing_game(large["val"], truth["val"])
             cells = [score.mean_interval(right)[:3], score.mean_interval(pointing.float())[:3]]
             text = ", ".join(f"{name} {v:.1%} [{low:.1%}, {high:.1%}]" for name, (v, low, high)
-                             in zip(("MaxBoxAccV2", "pointing"), cells, strict=True))  # fmt: skip
+                             in zip(("MaxBoxAccV2", "pointing"), cells, strict=True))
             print(f"  moved {shift * stride:4.1f} px up and left: mirror images differ by {apart:.3f}; {text}")
 
 

@@ -4,9 +4,15 @@ import shutil
 import subprocess
 
 import pytest
+import reading
 from conftest import REPO
 
+import score
+
+pytestmark = pytest.mark.skipif(not shutil.which("make"), reason="needs make")
+
 STAND_IN = """#!/bin/sh
+[ "$1" = -c ] && exit
 for word in "$@"; do printf '<%s>' "$word" >> words.txt; done; echo >> words.txt
 """
 
@@ -78,12 +84,95 @@ def test_options_go_to_the_training_they_are_for(make):
     assert scratch == "<train.py><cnn><--runs><runs><--epochs><3><--device><cpu><--seed><1>"
 
 
-def test_an_old_python_is_refused_in_a_sentence(tmp_path):
-    shutil.copy(REPO / "Makefile", tmp_path)
-    shutil.copy(REPO / "requirements.txt", tmp_path)
-    old = tmp_path / "python3"
-    old.write_text("#!/bin/sh\nexit 1\n")  # what is asked of it first is whether it is new enough
-    old.chmod(0o755)
-    result = subprocess.run(["make", "data", f"PATH={tmp_path}:/usr/bin:/bin"], cwd=tmp_path, capture_output=True,
-                            text=True, timeout=60)
-    assert result.returncode == 2 and "Python 3.11" in result.stderr and not (tmp_path / ".venv").exists()
+@pytest.fixture
+def newcomer(tmp_path):
+    """newcomer(python3="...", ...): what make says where there are these shell scripts and no other Python."""
+    for name in ("Makefile", "requirements.txt", "requirements-dev.txt"):
+        shutil.copy(REPO / name, tmp_path)
+    (tmp_path / "bin").mkdir()
+    for tool in ("rm", "touch", "mkdir", "ln"):
+        (tmp_path / "bin" / tool).symlink_to(shutil.which(tool))
+
+    def call(*arguments, **programs):
+        for name, script in programs.items():
+            path = tmp_path / "bin" / name.replace("_", ".")
+            path.write_text(f"#!/bin/sh\n{script}\n")
+            path.chmod(0o755)
+        command = [shutil.which("make"), *(arguments or ["data"]), f"PATH={tmp_path / 'bin'}"]
+        return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+
+    return call
+
+
+def sentence(result, *words):
+    """Whether make ended with status 2 and one sentence of the Makefile's own that has `words`."""
+    lines = [line for line in result.stderr.splitlines() if line.startswith("make: ") and "***" not in line]
+    return result.returncode == 2 and len(lines) == 1 and all(word in lines[0] for word in words)
+
+
+OLD = "exit 1"  # what is asked of it first is whether it is new enough
+NO_VENV = 'case "$2" in venv) mkdir .venv; exit 1;; esac'
+PYTHON = 'case "$2" in venv) mkdir -p .venv/bin; ln -sf ../../bin/pip .venv/bin/python;; esac'
+
+
+@pytest.mark.parametrize("programs", [{}, {"python3": OLD}, {"python3": OLD, "python3_11": OLD}])
+def test_an_old_python_is_refused_in_a_sentence(newcomer, tmp_path, programs):
+    assert sentence(newcomer(**programs), "Python 3.11", "PYTHON=") and not (tmp_path / ".venv").exists()
+
+
+def test_a_newer_python_beside_an_old_one_is_taken(newcomer, tmp_path):
+    result = newcomer(python3=OLD, python3_12=PYTHON, pip="")
+    assert result.returncode == 0, result.stderr
+    assert (tmp_path / ".venv" / ".runs").exists()
+
+
+def test_a_missing_venv_module_is_a_sentence(newcomer, tmp_path):
+    assert sentence(newcomer(python3=NO_VENV), "apt install python3-venv") and not (tmp_path / ".venv").exists()
+
+
+@pytest.mark.parametrize("target", ["data", "test"])
+def test_packages_that_cannot_be_installed_are_a_sentence_and_the_same_command_goes_on(newcomer, tmp_path, target):
+    fails = f'case "$*" in *requirements{"-dev" * (target == "test")}.txt) echo "no network" >&2; exit 1;; esac'
+    assert sentence(newcomer(target, python3=PYTHON, pip=fails), "network", "compiler", "PYTHON=")
+    assert newcomer(target, pip="").returncode == 0
+
+
+@pytest.mark.parametrize("script", [None, OLD])
+@pytest.mark.parametrize(("target", "packages"), [("data", "requirements.txt"), ("test", "requirements-dev.txt")])
+def test_a_python_that_is_named_and_lacks_what_is_needed_is_a_sentence(newcomer, tmp_path, script, target, packages):
+    programs = {"mine": script} if script else {}
+    assert sentence(newcomer(target, f"PYTHON={tmp_path / 'bin' / 'mine'}", **programs), "bin/mine", packages)
+
+
+# ---------------------------------------------------------------- what the demo ends with
+
+
+def estimates(value, difference):
+    """The scores of a network by the map that they are of; difference: (low, high) of its own map minus the square."""
+    centre = sum(difference) / 2
+    return {reading.OWN: score.Estimate(value, value - 0.1, value + 0.1, 200),
+            reading.SQUARE: score.Estimate(value - centre, 0, 1, 200),
+            f"{reading.OWN} minus {reading.SQUARE}": score.Estimate(centre, *difference, 200)}
+
+
+def test_the_demo_ends_with_what_its_table_says(tmp_path, capsys):
+    assert (reading.OWN, reading.SQUARE) == (score.OWN, score.SQUARE)
+    scores = {"accuracy": 0.93, "pointing game": 0.8, "MaxBoxAccV2, cross-fitted": 0.5}
+    assert scores.keys() <= score.SUMMARY.keys()
+    better, worse, same = (0.05, 0.15), (-0.15, -0.05), (-0.05, 0.15)
+    a, b = {"pointing game": better}, {"pointing game": worse}
+    results = {name: {"a": estimates(value, a.get(name, same)), "a minus b": estimates(0, same),
+                      "b": estimates(value - 0.2, b.get(name, same))} for name, value in scores.items()}
+    (tmp_path / "scores.csv").write_text(score.csv_table(results))
+    reading.main(tmp_path / "scores.csv", "demo.png")
+    _, files, accuracy, pointing, boxes, _ = capsys.readouterr().out.splitlines()
+    assert "demo.png" in files and "scores.md" in files
+    assert accuracy == "  right about the class of 200 photos: a 93 %, b 73 %"
+    assert pointing.endswith(": a 80 % (clearly more), b 60 % (clearly less); middle of the photo 70 %")
+    assert boxes.endswith(": a 50 % (no clear difference), b 30 % (no clear difference); middle of the photo 45 %")
+
+
+def test_the_demo_ends_with_its_picture(make):
+    picture, last = make("demo")[-2:]
+    assert picture.startswith("<cam.py><figure>") and picture.endswith("<--out><figures/demo.png>")
+    assert last == "<tests/reading.py><figures/demo-scores.csv><figures/demo.png>"

@@ -23,7 +23,7 @@ import data
 import models
 
 NETWORKS = ["resnet18", "resnet50", "mobilenet_v2", "efficientnet_b0", "densenet121", "regnet_y_400mf",
-            "shufflenet_v2_x1_0", "mnasnet0_5", "swin_t"]  # fmt: skip
+            "shufflenet_v2_x1_0", "mnasnet0_5", "swin_t"]
 
 
 def noise(*shape, seed=0, dtype=torch.float32):
@@ -109,7 +109,7 @@ def checkpoint(tmp_path):
     torch.manual_seed(0)
     network, path = awake(models.cnn(3)), tmp_path / "best.pt"
     facts = {"arch": "cnn", "classes": ["tench", "church", "parachute"], "mean": [0.4, 0.5, 0.6], "std": [0.2] * 3,
-             "size": 160, "settings": {"epochs": 3, "weights": None}, "epoch": 2, "accuracy": 0.75}  # fmt: skip
+             "size": 160, "settings": {"epochs": 3, "weights": None}, "epoch": 2, "accuracy": 0.75}
     models.save(path, network, **facts)
     return path, network, facts
 

@@ -412,7 +412,7 @@ def test_read_boxes(tmp_path):
         tmp_path,
         "val/a.JPEG,0,0,99,49\nval/b.x.JPEG,10,5,10,5\nval/a.JPEG,50,25,60,30\n\nval/a.JPEG,-10,40,300,60\n",
         "val/a.JPEG,100,50\nval/b.x.JPEG,20,10\nval/c.JPEG,1,1\n",
-    ))  # fmt: skip
+    ))
     assert list(boxes) == ["a", "b.x"]
     torch.testing.assert_close(boxes["a"], torch.tensor([[0, 0, 1, 1], [0.5, 0.5, 0.61, 0.62], [0, 0.8, 1, 1]]))
     torch.testing.assert_close(boxes["b.x"], torch.tensor([[0.5, 0.5, 0.55, 0.6]]))  # one pixel is a box
@@ -625,7 +625,7 @@ def test_scores_do_not_depend_on_scale_offset_or_mirroring(seed, scale, offset):
     torch.testing.assert_close(table, iou_table(maps.flip(2) * scale + offset, list(mirrored), size=24))
     assert (0 <= table).all() and (table < 1.000001).all()
     for one, other in zip(score.focus(maps, list(corners), 24),
-                          score.focus(maps.flip(2) * scale, list(mirrored), 24), strict=True):  # fmt: skip
+                          score.focus(maps.flip(2) * scale, list(mirrored), 24), strict=True):
         torch.testing.assert_close(one, other)
 
 

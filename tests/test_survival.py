@@ -50,7 +50,7 @@ TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2
 
 def arguments(photos, runs, *more, epochs=EPOCHS):
     return ["cnn", "--data", photos, "--runs", runs, "--device", "cpu", "--epochs", epochs, "--crop", 32, "--size", 32,
-            "--batch-size", 16, *more]  # fmt: skip
+            "--width", 16, "--batch-size", 16, *more]
 
 
 def training(photos, runs, *more, **options):
@@ -67,7 +67,7 @@ def start(tmp_path):
         paths = os.pathsep.join([str(REPO), str(REPO / "tests")])
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": paths, **options.pop("env", {})}
         started.append(subprocess.Popen([sys.executable, *map(str, command)], cwd=tmp_path, env=environment, text=True,
-                                        stdout=subprocess.PIPE, stderr=subprocess.PIPE, **options))  # fmt: skip
+                                        stdout=subprocess.PIPE, stderr=subprocess.PIPE, **options))
         return started[-1]
 
     yield call
@@ -203,7 +203,7 @@ train.main()
 
 @pytest.mark.parametrize(("name", "turn", "moment", "kept"), [
     ("last.pt", 3, "half written", 2), ("last.pt", 3, "before the rename", 2), ("best.pt", 1, "after the rename", 0),
-])  # fmt: skip
+])
 def test_killed_in_writing_it_keeps_the_epoch_before(start, whole, demo, tmp_path, name, turn, moment, kept):
     result = end(start("-c", DYING, name, turn, moment, *arguments(demo, tmp_path)))
     assert result.returncode == -signal.SIGKILL, result.stderr
@@ -238,33 +238,43 @@ def fill_disk(size):
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
 
 
-def full(size):
-    return {"preexec_fn": lambda: fill_disk(size)}
+@contextlib.contextmanager
+def full_disk(size):
+    """A disk that is full for as long as the block lasts."""
+    try:
+        fill_disk(size)
+        yield
+    finally:
+        fill_disk(resource.getrlimit(resource.RLIMIT_FSIZE)[1])
 
 
 def test_a_disk_full_of_weights_keeps_the_last_ones(run, whole, demo, tmp_path):
     shutil.copytree(whole / "halfway", tmp_path / "cnn")
     before = (tmp_path / "cnn" / "last.pt").read_bytes()
-    limit = full(len(before) - 1)  # best.pt fits
-    assert refused(run("train.py", *arguments(demo, tmp_path), **limit), "too large", "last.pt")
+    result = run("train.py", *arguments(demo, tmp_path), preexec_fn=lambda: fill_disk(len(before) - 1))  # best.pt fits
+    assert refused(result, "too large", "last.pt")
     assert (tmp_path / "cnn" / "last.pt").read_bytes() == before and parts(tmp_path) == []
     training(demo, tmp_path)  # there is room again
     assert same_run(tmp_path / "cnn", whole / "cnn")
 
 
-def test_a_disk_full_of_photos_keeps_the_folder_before(run, fresh, tmp_path):
+def test_a_disk_full_of_photos_keeps_the_folder_before(call, fresh, tmp_path):
     archive = Path(shutil.make_archive(tmp_path / "photos", "gztar", fresh))
     folder = data.prepare(archive, tmp_path / "root")
     before = {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
     os.utime(archive, (1, 1))  # another one, to be unpacked anew
-    assert refused(run("data.py", archive, "--root", "root", **full(2000)), "too large")
+    with full_disk(2000):
+        result = call(data, archive, "--root", "root")
+    assert refused(result, "too large")
     assert {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()} == before and parts(tmp_path) == []
 
 
-def test_a_disk_full_of_pictures_keeps_the_figure_before(run, whole, demo, tmp_path):
+def test_a_disk_full_of_pictures_keeps_the_figure_before(call, whole, demo, tmp_path):
     (tmp_path / "figure.png").write_bytes(b"the figure before")
     command = ["figure", "--models", whole / "cnn" / "best.pt", "--data", demo, "--out", "figure.png", "--dpi", 72]
-    assert refused(run("cam.py", *command, **full(5000)), "too large", "figure.png")
+    with full_disk(5000):
+        result = call(cam, *command)
+    assert refused(result, "too large", "figure.png")
     assert (tmp_path / "figure.png").read_bytes() == b"the figure before" and os.listdir(tmp_path) == ["figure.png"]
 
 
@@ -347,7 +357,7 @@ def mutations(count, seed):
     rng, exif = random.Random(seed), Image.Exif()
     exif[274] = 6  # turned
     originals = [encoded("JPEG", exif=exif), encoded("JPEG", progressive=True), encoded("JPEG", "CMYK"), encoded("PNG"),
-                 encoded("PNG", "P", transparency=3), encoded("PNG", "LA"), encoded("PNG", "1")]  # fmt: skip
+                 encoded("PNG", "P", transparency=3), encoded("PNG", "LA"), encoded("PNG", "1")]
     for number in range(count):
         raw = bytearray(originals[number % len(originals)])
         for _ in range(rng.randint(1, 4)):
@@ -500,12 +510,8 @@ def test_a_file_of_another_length_is_refused(fetch, server, size):
 
 
 def test_a_disk_full_of_a_download_keeps_what_fits(fetch, server, tmp_path):
-    try:
-        fill_disk(400_000)
-        with pytest.raises(OSError, match="too large"):
-            fetch()
-    finally:
-        fill_disk(resource.getrlimit(resource.RLIMIT_FSIZE)[1])
+    with full_disk(400_000), pytest.raises(OSError, match="too large"):
+        fetch()
     done, asked = fetch()
     assert done and asked[0] > 200_000
 
@@ -664,8 +670,8 @@ def test_a_dead_process_ends_the_others_and_the_same_command_goes_on(start, fres
     last = models.read(folder / "last.pt")
     for row in last["rows"]:
         assert all(abs(n - round(n)) < 1e-3 for n in (59 * row["train_accuracy"], 19 * row["val_accuracy"]))
-    network = models.cnn()
-    network.load_state_dict(last["network"])
+    network = models.cnn(width=16)
+    network.load_state_dict(last["average"])
     batches = data.eval_batches(data.load(fresh, "val"), 32, 128)
     loss, right, _ = train.evaluate(network, batches, train.choose_precision(torch.device("cpu")), 10).sum(1).tolist()
     assert abs(right / 19 - row["val_accuracy"]) < 1e-4  # what is saved is what was measured
