@@ -39,7 +39,7 @@ DEMO    := --data data/demo --runs "$(RUNS)/demo" $(if $(DEVICE),--device "$(DEV
 DEMOED  := "$(RUNS)/demo/resnet18/best.pt" "$(RUNS)/demo/cnn/best.pt"
 demo: $(ENV)  ## everything, offline, on photos that are drawn here: two networks, the figure, the scores
 	"$(PYTHON)" tests/demo.py data/demo
-	"$(PYTHON)" train.py cnn $(DEMO) --epochs 10
+	"$(PYTHON)" train.py cnn $(DEMO) --epochs 6
 	"$(PYTHON)" train.py resnet18 $(DEMO) --epochs 7 --weights none --unfreeze --lr 0.01 --batch-size 32 --crop 96 --size 128 --looks 128
 	"$(PYTHON)" score.py $(DEMOED) --data data/demo --deletion 0 --out "$(FIGURES)/demo-scores" > /dev/null
 	"$(PYTHON)" cam.py figure --data data/demo --models $(DEMOED) --out "$(FIGURES)/demo.png" > /dev/null

@@ -355,7 +355,8 @@ def load(path, device="cpu", looks=None):
     """A checkpoint of `save`: (network in evaluation mode on `device`, facts). looks: sizes (px) in place of its own.
 
     The network looks at images at all the sizes of facts["looks"]; feed it images of facts["size"], the largest of
-    them. facts["accuracy"] is that of exactly these looks, or None where it was not measured. Raises ModelError.
+    them. facts["accuracy"] is that of exactly these looks, or None where it was not measured;
+    facts["width"] is a cnn's. Raises ModelError.
     """
     facts = read(path)
     if not isinstance(facts, dict) or facts.get("format") != "camnet-1":
@@ -365,7 +366,8 @@ def load(path, device="cpu", looks=None):
         classes, features = state["head.weight"].shape
         if classes != len(facts["classes"]):
             raise KeyError("classes")
-        network = build(facts["arch"], classes, width=features // 2)
+        facts["width"] = features // 2  # of a cnn
+        network = build(facts["arch"], classes, width=facts["width"])
         network.load_state_dict(state)
     except (AttributeError, KeyError, TypeError, RuntimeError) as error:
         raise ModelError(f"{path} says it is a {facts.get('arch')}, but its contents are not that network's: "

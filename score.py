@@ -395,7 +395,7 @@ def random_network(facts, seed):
     import models
 
     torch.manual_seed(seed)
-    network = models.build(facts["arch"], len(facts["classes"])).eval()
+    network = models.build(facts["arch"], len(facts["classes"]), width=facts["width"]).eval()
     torch.nn.init.normal_(network.head.weight, std=0.01)
     return models.with_looks(models.fold_norms(network), facts["looks"])
 

@@ -30,8 +30,8 @@ def test_the_usual_way_learns_from_the_same_photos(demo, monkeypatch):
 
 
 def test_operations_are_counted_forward_and_backward():
-    forward = [(3, 32, 4, 32), (32, 64, 4, 16), *[(64, 64, 3, 16)] * 4, (64, 128, 4, 8), *[(128, 128, 3, 8)] * 6,
-               (128, 256, 3, 8), (256, 10, 1, 1)]
+    forward = [(3, 32, 4, 32), (32, 64, 4, 16), *[(64, 64, 3, 16)] * 4, (64, 192, 4, 8), *[(192, 192, 3, 8)] * 6,
+               (192, 384, 3, 8), (384, 10, 1, 1)]
     forward = [2 * inputs * outputs * k**2 * side**2 for inputs, outputs, k, side in forward]
     backward = 2 * sum(forward[1:])  # to the weights and to the input; the first layer is frozen
     result = bench.peak(None, CPU, FLOAT32, side=256)
