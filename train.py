@@ -33,6 +33,7 @@ from PIL import Image, ImageDraw, ImageFont
 import data
 import models
 
+PASSED = 0.72  # the accuracy of the course report that this project grew from: in which epoch is it passed?
 PLAIN_LR = 5.0  # the learning rate of what Muon leaves to SGD, in units of Muon's own
 
 
@@ -378,7 +379,7 @@ def resume(folder, settings):
     return state
 
 
-def number(kind, low, high=math.inf):
+def in_range(kind, low, high=math.inf):
     """An argparse type: a `kind` (int or float) from `low` to `high`."""
 
     def parse(text):
@@ -392,7 +393,7 @@ def number(kind, low, high=math.inf):
 
 def sizes(text):
     """An argparse type: sizes in px, "224,320", as an ascending tuple."""
-    return tuple(sorted({number(int, 1, 4096)(size) for size in text.split(",")}))
+    return tuple(sorted({in_range(int, 1, 4096)(size) for size in text.split(",")}))
 
 
 def parse_arguments(arguments=None):
@@ -412,18 +413,18 @@ def parse_arguments(arguments=None):
     add("--weights", default=argparse.SUPPRESS, help="'imagenet' (download; the default of every network but the cnn), "
                                                      "'none' (random), or a file in torchvision's format")
     add("--unfreeze", action="store_true", help="train every layer, not the last one alone")
-    add_recipe("epochs", number(int, 1), "passes over the photos")
-    add_recipe("crop", number(int, 1, 4096), "side of a training crop, px")
+    add_recipe("epochs", in_range(int, 1), "passes over the photos")
+    add_recipe("crop", in_range(int, 1, 4096), "side of a training crop, px")
     add("--plain-crop", action="store_true", help="crops at the photo's own scale, instead of random resized ones")
-    add_recipe("size", number(int, 1, 4096), "side of the photos in evaluation, px")
+    add_recipe("size", in_range(int, 1, 4096), "side of the photos in evaluation, px")
     add("--looks", type=sizes, default=argparse.SUPPRESS, metavar="PX,PX,...",
         help="sides of the photos when maps are made, and for the features under a head; their feature maps are "
              "averaged (default: 2/3, 1 and 4/3 of --size for the cnn, 1 and 10/7 of it for other networks)")
-    add_recipe("batch-size", number(int, 1), "photos in a step")
-    add_recipe("lr", number(float, 0, 1e37), "peak learning rate")
-    add_recipe("width", number(int, 8, 4096), "channels of the cnn at 1/8 of the photo's side")
-    add("--holdout", type=number(float, 0, 1), default=0.0, help="share of train to validate on, in place of val")
-    add("--seed", type=number(int, 0, 2**40), default=0, help="decides initial weights, order and crops")
+    add_recipe("batch-size", in_range(int, 1), "photos in a step")
+    add_recipe("lr", in_range(float, 0, 1e37), "peak learning rate")
+    add_recipe("width", in_range(int, 8, 4096), "channels of the cnn at 1/8 of the photo's side")
+    add("--holdout", type=in_range(float, 0, 1), default=0.0, help="share of train to validate on, in place of val")
+    add("--seed", type=in_range(int, 0, 2**40), default=0, help="decides initial weights, order and crops")
     add("--device", default="auto", help="cpu, cuda, mps or auto")
     add("--runs", default="runs", help="where results go")
     add("--name", default=argparse.SUPPRESS, help="folder in --runs; the network's name unless given")
@@ -617,9 +618,6 @@ def val_scores(totals):
                 val_class_accuracy=round(float((right[there] / photos[there]).mean()), 5))
 
 
-PASSED = 0.72  # the accuracy of the report that this project grew from: when is it passed?
-
-
 def finish(folder, rows, val, device, precision):
     """Write result.json, the last file of a run; best.pt gets the accuracy of all its looks, if training saw one."""
     contents = models.read(folder / "best.pt")
@@ -677,7 +675,7 @@ def train(recipe, options):
 
 
 def run(folder, recipe, network, photos, val, device, precision, dry_run):
-    """Train `folder`'s run to its end. Returns the rows of its log, and how many epochs were done before."""
+    """Train the run of `folder` to its end. Returns the rows of its log, and how many epochs were done before."""
     looks = recipe.looks if recipe.training == "head" else [recipe.size]
     settings = dict(asdict(recipe), looks=list(recipe.looks), evaluated=models.looks_key(looks),
                     photos=[len(photos), len(val)], data=[photos.fingerprint, val.fingerprint])

@@ -404,6 +404,9 @@ def test_passes_and_steps_ask_the_device_for_nothing(fake_device):
         p.grad = torch.empty_like(p)
     optimizer.step()
     assert {state["velocity"].device.type for state in optimizer.state.values()} == {"cuda"}
+    average = train.Average(network)
+    average.update(network)
+    assert {p.device.type for p in average.module.parameters()} == {"cuda"}
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
