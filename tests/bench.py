@@ -2,17 +2,18 @@
 
     python tests/bench.py --data data/imagenette2-160 --peers .peers
 
-Every number comes from a process of its own, so that no job profits from another's warm memory. In the first table this
-project and the alternative take turns, REPEATS times, and a ratio is given with its smallest and largest value; peak,
-memory and the second table are measured once. Prints Markdown.
+Every number comes from a process of its own, so that no job profits from another's warm memory. This project and the
+usual way take turns, REPEATS times, and a ratio is given with its smallest and largest value; matrix products, memory
+and epochs of part of the photos are measured once. Prints Markdown, and writes all measurements as JSON (--out).
 --peers names a folder with torchcam and grad-cam, which the benchmark alone uses (`make bench` fills it).
 """
 
 import argparse
+import functools
 import importlib.util
 import json
 import os
-import platform
+import shlex
 import subprocess
 import sys
 import tempfile
@@ -53,48 +54,56 @@ def our_network(device, precision):
     return network, train.Muon(network, SCRATCH["lr"], SCRATCH["weight_decay"], dtype=precision.products)
 
 
-def timed(batches, device, waited):
-    """`batches`, the seconds that each was waited for put into the list `waited`."""
-    while True:
+def timed(function, device, seconds):
+    """`function`, with the seconds that each call takes appended to the list `seconds`."""
+
+    def call(*arguments):
         wait(device)
         started = time.time()
-        batch = next(batches, None)
+        result = function(*arguments)
         wait(device)
-        waited.append(time.time() - started)
-        if batch is None:
-            return
-        yield batch
+        seconds.append(time.time() - started)
+        return result
+
+    return call
 
 
 # ---------------------------------------------------------------- the jobs: each prints one dict of numbers
 
 
 def epoch(folder, device, precision, crop=CROP, share=1.0, batch_size=BATCH, plain=False):
-    """An epoch of the CNN as train.py does it, after 10 steps that do not count; then 50 more steps, in which the
-    device is waited for, to tell what share of a step goes into making the batch. plain: float32, not channels-last."""
+    """An epoch of the CNN as train.py does it, on a `share` of the photos, after 10 steps that do not count; then 50
+    steps in which the device is waited for, to tell what share of them goes into making batches, the optimiser and the
+    averaged weights. plain: float32, not channels-last."""
     if plain:
         precision = train.Precision(None, False, torch.contiguous_format)
     models.keep_memory()
     photos = data.load(folder, "train")
     photos = photos.subset(torch.randperm(len(photos))[: round(share * len(photos))]).to(device)
     network, optimizer = our_network(device, precision)
+    average = train.Average(network)
     scaler = torch.amp.GradScaler(device.type, enabled=precision.scale)
 
-    def run(part, waited=None):
+    def run(part, timings=None):
+        """Train on the Photos `part`; timings: {part of a step: list for its seconds}. Returns the seconds of all."""
         started = time.time()
-        batches = data.train_batches(part, crop, batch_size, torch.Generator().manual_seed(0),
-                                     dtype=precision.products)  # fmt: skip
-        batches = batches if waited is None else timed(batches, device, waited)
+        batches = data.train_batches(part, crop, batch_size, torch.Generator().manual_seed(0), dtype=precision.products)
+        if timings:
+            take = timed(next, device, timings["batch"])
+            batches = iter(functools.partial(take, batches, None), None)  # until take(batches, None) gives None
+            optimizer.step = timed(optimizer.step, device, timings["optimiser"])
+            average.update = timed(average.update, device, timings["average"])
         plan = [(0.002, len(index)) for index in data.shuffled(len(part), batch_size, None)]
-        train.train_epoch(network, batches, plan, optimizer, scaler, precision, SCRATCH["smoothing"])
+        train.train_epoch(network, batches, plan, optimizer, scaler, precision, SCRATCH["smoothing"], average)
         wait(device)
         return time.time() - started
 
     first = [photos.subset(torch.arange(min(steps * batch_size, len(photos)))) for steps in (10, 50)]
     run(first[0])
-    seconds, waited = run(photos), []
-    share = run(first[1], waited)  # fills `waited`
-    return dict(images_per_second=len(photos) / seconds, seconds=seconds, waited=sum(waited) / share)
+    seconds, timings = run(photos), {"batch": [], "optimiser": [], "average": []}
+    timed_seconds = run(first[1], timings)
+    return dict(images_per_second=len(photos) / seconds, seconds=seconds,
+                shares={part: sum(parts) / timed_seconds for part, parts in timings.items()})
 
 
 def epoch_usual(folder, device, precision, steps=100):
@@ -103,10 +112,10 @@ def epoch_usual(folder, device, precision, steps=100):
     from torchvision import datasets, transforms
 
     transform = transforms.Compose([transforms.RandomResizedCrop(CROP), transforms.RandomHorizontalFlip(),
-                                    transforms.ToTensor(), transforms.Normalize(data.MEAN, data.STD)])  # fmt: skip
+                                    transforms.ToTensor(), transforms.Normalize(data.MEAN, data.STD)])
     photos = datasets.ImageFolder(Path(folder) / "train", transform)
     loader = torch.utils.data.DataLoader(photos, BATCH, shuffle=True, num_workers=os.cpu_count(), drop_last=True,
-                                         pin_memory=device.type == "cuda")  # fmt: skip
+                                         pin_memory=device.type == "cuda")
     network = models.cnn().to(device)
     optimizer = torch.optim.SGD(network.parameters(), 0.01, momentum=0.9, nesterov=True, weight_decay=5e-4)
     steps = min(steps, len(loader) - 5)
@@ -141,17 +150,17 @@ def head_usual(folder, device, precision, every=10):
     from torchvision import datasets, transforms
 
     transform = transforms.Compose([transforms.Resize((SIZE, SIZE), antialias=True), transforms.ConvertImageDtype(
-        torch.float32), transforms.Normalize(data.MEAN, data.STD)])  # fmt: skip
+        torch.float32), transforms.Normalize(data.MEAN, data.STD)])
     network = torchvision.models.resnet18(num_classes=10).requires_grad_(False).eval().to(device)
     network.fc.requires_grad_(True)
     optimizer = torch.optim.SGD(network.fc.parameters(), 0.01, momentum=0.9)
     started = time.time()
     for split, training in (("train", True), ("val", False)):
         photos = datasets.ImageFolder(Path(folder) / split, transform, loader=lambda path: torchvision.io.read_image(
-            path, torchvision.io.ImageReadMode.RGB))  # fmt: skip
+            path, torchvision.io.ImageReadMode.RGB))
         photos = torch.utils.data.Subset(photos, range(0, len(photos), every))
         loader = torch.utils.data.DataLoader(photos, train.DEFAULTS["head"]["batch_size"], shuffle=training,
-                                             num_workers=os.cpu_count())  # fmt: skip
+                                             num_workers=os.cpu_count())
         for images, labels in loader:
             with torch.set_grad_enabled(training):
                 logits = network(images.to(device))
@@ -209,23 +218,22 @@ def maps(folder, device, precision, way="float32"):
         maps_of(images)
         wait(device)
         seconds += time.time() - started
-    return dict(seconds=4 * seconds)
+    return dict(seconds=4 * seconds, images_per_second=len(photos) / seconds)
 
 
 def first_batch(folder, device, precision, source):
     """From `source`, an archive, or a folder, that was unpacked and decoded earlier to a batch of crops: a fresh Python
     that imports data.py alone."""
     code = ("import data, sys, torch; photos = data.load(data.prepare(sys.argv[1]), 'train'); "
-            f"next(data.train_batches(photos, {CROP}, {BATCH}, torch.Generator().manual_seed(0)))")  # fmt: skip
+            f"next(data.train_batches(photos, {CROP}, {BATCH}, torch.Generator().manual_seed(0)))")
     started = time.time()
     subprocess.run([sys.executable, "-c", code, source], check=True, env=os.environ | {"PYTHONPATH": str(HERE)})
     return dict(seconds=time.time() - started)
 
 
-def peak(folder, device, precision, side=4096):
-    """TFLOP/s of a large matrix product, and TFLOP of training on one photo, in the same precision. Counted are the
-    network's own operations, forward and backward; Muon's and the crops' come on top (about a tenth)."""
-    a = torch.randn(side, side, device=device, dtype=precision.dtype or torch.float32)
+def peak(folder, device, precision, dtype="float32", side=4096):
+    """TFLOP/s of a large matrix product in the type that `dtype` names, the best of ten."""
+    a = torch.randn(side, side, device=device, dtype=getattr(torch, dtype))
     best = 0.0
     for _ in range(10):
         wait(device)
@@ -233,16 +241,23 @@ def peak(folder, device, precision, side=4096):
         a @ a
         wait(device)
         best = max(best, 2 * side**3 / (time.time() - started) / 1e12)
-    network, _ = our_network(torch.device("cpu"), precision)
-    with FlopCounterMode(display=False) as counter:
-        F.cross_entropy(network(torch.randn(1, 3, CROP, CROP).expand(2, -1, -1, -1)), torch.zeros(2).long()).backward()
-    return dict(peak=best, per_image=counter.get_total_flops() / 2 / 1e12)
+    return dict(peak=best)
 
 
 JOBS = {f.__name__: f for f in (epoch, epoch_usual, head, head_usual, maps, first_batch, peak)}
 
 
 # ---------------------------------------------------------------- running them
+
+
+def operations(network, side, backward=False):
+    """TFLOP that `network` takes for one image of side x side px, forward, or forward and backward. Muon's, the
+    average's and the crops' are not among them (about a tenth on top)."""
+    with FlopCounterMode(display=False) as counter:
+        logits = network(torch.zeros(2, 3, side, side))
+        if backward:
+            logits.sum().backward()
+    return counter.get_total_flops() / 2 / 1e12
 
 
 def anonymous(pid):
@@ -274,102 +289,137 @@ def run(*command):
     return out, most[0] / 2**30
 
 
-def job(options, name, **arguments):
-    """Run one job in a process of its own: its dict, with the memory it took."""
-    peers = ["--peers", options.peers] if options.peers else []
-    out, memory = run(sys.executable, __file__, "--data", options.data, "--device", options.device, *peers,
-                      "--job", json.dumps([name, arguments]))  # fmt: skip
+def job(command, name, **arguments):
+    """Run one of JOBS in a process of its own, `command` with --job: its dict, with the memory it took, GiB."""
+    out, memory = run(*command, "--job", json.dumps([name, arguments]))
     return json.loads(out.splitlines()[-1]) | dict(memory=memory)
 
 
-def against(ours, theirs):
-    """Two lists of seconds, measured in turns, as three cells: ours, theirs, and their ratio with its spread."""
-    ratios = sorted(b / a for a, b in zip(ours, theirs, strict=True))
-    a, b = (sum(x) / len(x) for x in (ours, theirs))
-    return f"{a:,.1f} s", f"{b:,.1f} s", f"{b / a:.1f} x ({ratios[0]:.1f} to {ratios[-1]:.1f})"
-
-
-def row(*cells):
-    print("| " + " | ".join(cells) + " |", flush=True)
-
-
-def in_turns(options, *jobs):
+def in_turns(command, *jobs):
     """Each of `jobs`, (name, arguments), REPEATS times, in turns: a list of dicts for each."""
-    return zip(*([job(options, name, **arguments) for name, arguments in jobs] for _ in range(REPEATS)), strict=True)
+    turns = [[job(command, name, **arguments) for name, arguments in jobs] for _ in range(REPEATS)]
+    return zip(*turns, strict=True)
 
 
-def speed(options, source, precision):
-    """The table of jobs here and the usual way."""
-    row("job", "here", "the usual way", "ratio (spread)")
-    row("---", "---", "---", "---")
-    ours, usual = in_turns(options, ("epoch", {}), ("epoch_usual", {}))
-    speeds = [[result["images_per_second"] for result in results] for results in (ours, usual)]
-    mean = [sum(s) / len(s) for s in speeds]
-    ratio = against([1 / s for s in speeds[0]], [1 / s for s in speeds[1]])[2]
-    row(f"an epoch of the CNN, {CROP} px", *(f"{m:,.0f} images/s" for m in mean), ratio)
-    waited = sorted(result["waited"] for result in ours)
-    row("share of a step for making its batch", f"{sum(waited) / len(waited):.1%}", "",
-        f"{waited[0]:.1%} to {waited[-1]:.1%}")  # fmt: skip
+# ---------------------------------------------------------------- the table
+
+HEADER = ("job", "here", "the usual way", "ratio (spread)")
+FORMS = {"s": "{:,.1f} s", "images/s": "{:,.0f} images/s", "%": "{:.1%}", "TFLOP/s": "{:.3g} TFLOP/s",
+         "GiB": "{:.2f} GiB"}  # how a number of each unit is shown
+
+
+def cells(job, unit, here, usual):
+    """The cells under HEADER of a row. here, usual: measurements in `unit`, a key of FORMS, in turns; "%" are shares.
+    Where there is no usual way, the last cell is the spread of the measurements themselves."""
+    def mean(values):
+        return FORMS[unit].format(sum(values) / len(values))
+
+    if not usual:
+        spread = [FORMS[unit].format(value) for value in (min(here), max(here))]
+        return job, mean(here), "", " to ".join(spread) if len(here) > 1 else ""
+    if unit not in ("s", "images/s"):
+        return job, mean(here), mean(usual), ""
+    times = [b / a if unit == "s" else a / b for a, b in zip(here, usual, strict=True)]
+    ratio = sum(usual) / sum(here) if unit == "s" else sum(here) / sum(usual)
+    return job, mean(here), mean(usual), f"{ratio:.1f} x ({min(times):.1f} to {max(times):.1f})"
+
+
+def add(rows, job, unit, here, usual=()):
+    """Append a row to `rows`, as plain data, and print it. here, usual: of `cells`."""
+    rows.append(dict(job=job, unit=unit, here=list(here), usual=list(usual)))
+    print("| " + " | ".join(cells(**rows[-1])) + " |", flush=True)
+
+
+def values(results, key):
+    """What each of `results`, dicts of a job, has under `key`."""
+    return [result[key] for result in results]
+
+
+def training(rows, command, precision):
+    """Rows on training. Returns what the jobs "epoch" and "epoch_usual" gave, a list of dicts each."""
+    ours, usual = in_turns(command, ("epoch", {}), ("epoch_usual", {}))
+    add(rows, f"an epoch of the CNN, {CROP} px", "images/s", *(values(r, "images_per_second") for r in (ours, usual)))
+    for part, what in (("batch", "making its batch"), ("optimiser", "optimiser"), ("average", "averaged weights")):
+        add(rows, f"share of a step: {what}", "%", values(values(ours, "shares"), part))
     if precision.dtype:
-        ours, plain = in_turns(options, ("epoch", dict(share=0.25)), ("epoch", dict(share=0.25, plain=True)))
-        row(f"a quarter of that epoch: {precision.name} and channels-last here, neither there",
-            *against([r["seconds"] for r in ours], [r["seconds"] for r in plain]))  # fmt: skip
-    ours, theirs = ([r["seconds"] for r in results] for results in in_turns(options, ("head", {}), ("head_usual", {})))
-    row(f"last layer of ResNet-18, {SIZE} px, 5 epochs, start to finish", *against(ours, theirs))
-    if options.peers:
-        types, peers = list(dict.fromkeys([precision.name, "float32"])), ["torchcam", "gradcam"]
-        seconds = dict(zip(types + peers, in_turns(options, *(("maps", dict(way=way)) for way in types + peers)),
-                           strict=True))  # fmt: skip
-        seconds = {way: [result["seconds"] for result in results] for way, results in seconds.items()}
-        for ours in types:
-            for theirs in peers:
-                row(f"maps of a class for all of val, ResNet-18, {SIZE} px, {ours}, against {theirs}",
-                    *against(seconds[ours], seconds[theirs]))  # fmt: skip
-    seconds = sorted(job(options, "first_batch", source=source)["seconds"] for _ in range(REPEATS))
-    row(f"{Path(source).name} to first batch, second start", f"{sum(seconds) / len(seconds):.1f} s", "",
-        f"{seconds[0]:.1f} to {seconds[-1]:.1f} s")  # fmt: skip
-    limit = job(options, "peak")
-    reached = mean[0] * limit["per_image"]
-    row("arithmetic of training", f"{reached:.2f} TFLOP/s", f"{limit['peak']:.2f} in a large matrix product",
-        f"{reached / limit['peak']:.0%}")  # fmt: skip
-    memory(options, usual)
+        mixed, plain = in_turns(command, ("epoch", dict(share=0.25)), ("epoch", dict(share=0.25, plain=True)))
+        add(rows, f"{precision.name}, channels-last; or neither", "s", *(values(r, "seconds") for r in (mixed, plain)))
+    heads = in_turns(command, ("head", {}), ("head_usual", {}))
+    add(rows, "last layer of ResNet-18, 5 epochs", "s", *(values(r, "seconds") for r in heads))
+    return ours, usual
 
 
-def memory(options, usual):
-    """Rows of resident memory, mapped files (photos, libraries) aside."""
+def maps_and_peak(rows, command, precision, trained, peers):
+    """Rows on maps, and on what share of a matrix product's speed training and maps reach. trained: dicts of "epoch";
+    peers: whether torchcam and grad-cam are there."""
+    types = list(dict.fromkeys([precision.name, "float32"]))
+    packages = ["torchcam", "gradcam"] if peers else []
+    turns = in_turns(command, *(("maps", dict(way=way)) for way in types + packages))
+    found = dict(zip(types + packages, turns, strict=True))
+    for ours in types:
+        for theirs in packages:
+            add(rows, f"maps of val, {ours}; or {theirs}", "s", *(values(found[w], "seconds") for w in (ours, theirs)))
+    network, _ = our_network(torch.device("cpu"), precision)
+    reached = [speed * operations(network, CROP, backward=True) for speed in values(trained, "images_per_second")]
+    add(rows, "arithmetic of training", "TFLOP/s", reached)
+    for dtype in types:
+        peak = job(command, "peak", dtype=dtype)["peak"]
+        add(rows, f"a large matrix product, {dtype}", "TFLOP/s", [peak])
+        if dtype == precision.name:
+            add(rows, f"share of that, {dtype}: training", "%", [speed / peak for speed in reached])
+        forward = operations(models.build("resnet18").eval(), SIZE)
+        add(rows, f"share of that, {dtype}: maps", "%",
+            [speed * forward / peak for speed in values(found[dtype], "images_per_second")])
+
+
+def memory(rows, command, folder, device, usual):
+    """Rows on resident memory, mapped files (photos, libraries) and loader workers aside, where it can be read.
+    usual: dicts of the job "epoch_usual"."""
     if not anonymous(os.getpid()):
         return
-    with tempfile.TemporaryDirectory() as folder:
-        _, training = run(sys.executable, HERE / "train.py", "cnn", "--epochs", 1, "--data", options.data, "--runs",
-                          folder, "--device", options.device)  # fmt: skip
-        row("memory of training the CNN", f"{training:.2f} GiB",
-            f"{max(r['memory'] for r in usual):.2f} GiB, workers aside", "")  # fmt: skip
+    with tempfile.TemporaryDirectory() as runs:
+        _, ours = run(sys.executable, HERE / "train.py", "cnn", "--epochs", 1, "--data", folder, "--runs", runs,
+                      "--device", device)
+        add(rows, "memory of training the CNN", "GiB", [ours], values(usual, "memory"))
         for arch in ("cnn", "resnet18"):
-            torch.manual_seed(0)
-            models.save(f"{folder}/{arch}.pt", models.build(arch), arch=arch, classes=list(data.CLASSES.values()),
-                        mean=data.MEAN, std=data.STD, size=SIZE, settings={}, epoch=0, accuracy=0.0)  # fmt: skip
-        _, figure = run(sys.executable, HERE / "cam.py", "figure", "--data", options.data, "--models",
-                        f"{folder}/resnet18.pt", f"{folder}/cnn.pt", "--out", f"{folder}/figure.png")  # fmt: skip
-    row("memory of the figure", f"{figure:.2f} GiB", "", "")
+            models.save(f"{runs}/{arch}.pt", models.build(arch), arch=arch, classes=list(data.CLASSES.values()),
+                        mean=data.MEAN, std=data.STD, looks=[SIZE], accuracies={}, accuracy_on="val", accuracy_n=0,
+                        how="not trained", settings={}, epoch=0)
+        _, figure = run(sys.executable, HERE / "cam.py", "figure", "--data", folder, "--models", f"{runs}/resnet18.pt",
+                        f"{runs}/cnn.pt", "--out", f"{runs}/figure.png")
+    add(rows, "memory of the figure", "GiB", [figure])
 
 
-def growth(options):
-    """The table of how an epoch grows."""
-    print("\nSeconds of an epoch of the CNN:\n")
-    row("", "1 x", "2 x", "4 x")
-    row("---", "---", "---", "---")
-    by_pixels = [job(options, "epoch", crop=crop, share=0.25)["seconds"] for crop in (64, 90, 128)]
-    row("pixels: crops of 64, 90, 128 px, a quarter of the photos", *(f"{s:.1f} s" for s in by_pixels))
-    by_photos = [job(options, "epoch", share=share)["seconds"] for share in (0.25, 0.5, 1.0)]
-    row("photos: a quarter, half, all, 64 px", *(f"{s:.1f} s" for s in by_photos))
+def growth(rows, command):
+    """Rows on how an epoch grows with the pixels of a crop and with the photos."""
+    for crop in (CROP, round(2**0.5 * CROP), 2 * CROP):
+        result = job(command, "epoch", crop=crop, share=0.25)
+        add(rows, f"a quarter of the photos, {crop} px", "s", [result["seconds"]])
+    for share, what in ((0.5, "half of"), (1.0, "all")):
+        add(rows, f"{what} the photos, {CROP} px", "s", [job(command, "epoch", share=share)["seconds"]])
+
+
+def measure(source, folder, device, precision, peers):
+    """All rows of the table, printed as they come. source: what the user named as data; folder: where they are."""
+    command = [sys.executable, __file__, "--data", folder, "--device", device, *(["--peers", peers] if peers else [])]
+    rows = []
+    print("| " + " | ".join(HEADER) + " |\n" + "| --- " * len(HEADER) + "|")
+    ours, usual = training(rows, command, precision)
+    first = [job(command, "first_batch", source=source) for _ in range(REPEATS)]
+    add(rows, "archive to first batch, second start", "s", values(first, "seconds"))
+    maps_and_peak(rows, command, precision, ours, peers)
+    memory(rows, command, folder, device, usual)
+    growth(rows, command)
+    return rows
 
 
 def main():
-    """The command line: both tables, or, with --job, one job."""
+    """The command line: the table, or, with --job, one job."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", default="data/imagenette2-160", help="ImageNette folder or .tgz")
     parser.add_argument("--device", default="auto", help="cpu, cuda, mps or auto")
     parser.add_argument("--peers", help="folder with torchcam and grad-cam; without it, they are left out")
+    parser.add_argument("--out", default="figures/bench.json", help="where the measurements go")
     parser.add_argument("--job", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.peers:
@@ -383,14 +433,16 @@ def main():
             return
         if options.peers and not all(map(importlib.util.find_spec, ("torchcam", "pytorch_grad_cam"))):
             raise data.DataError(f"--peers {options.peers} holds no torchcam and grad-cam: `make bench` fills .peers")
-        source, options.data = options.data, str(data.prepare(options.data))
+        Path(options.out).parent.mkdir(parents=True, exist_ok=True)
+        folder = str(data.prepare(options.data))
         for split in data.COUNTS:
-            data.load(options.data, split)
-        where = torch.cuda.get_device_name() if device.type == "cuda" else platform.machine()
-        print(f"{device.type} ({where}), {os.cpu_count()} cores, {precision.name}, torch {torch.__version__}, "
-              f"{REPEATS} repeats\n")  # fmt: skip
-        speed(options, source, precision)
-        growth(options)
+            data.load(folder, split)
+        facts = dict(command=shlex.join(["python", "tests/bench.py", *sys.argv[1:]]), machine=models.machine(),
+                     device=device.type, precision=precision.name, repeats=REPEATS)
+        facts["rows"] = measure(options.data, folder, device.type, precision, options.peers)
+        with models.atomic(options.out) as file:
+            file.write(json.dumps(facts, indent=1).encode())
+        print(f"\nwritten: {options.out}; `make results` takes it into RESULTS.md")
     except (train.TrainError, data.DataError, OSError) as error:
         print(f"bench.py: {error}", file=sys.stderr)
         sys.exit(2)
