@@ -26,7 +26,7 @@ NETWORKS := $(if $(filter cnn,$(ARCH)),,"$(RUNS)/$(ARCH)/best.pt") "$(RUNS)/cnn/
 # result.json is the last file that a training writes: where it is missing, train, or go on training.
 trained = [ -e "$(RUNS)/$(1)/result.json" ] || $(MAKE) --no-print-directory $(2)
 
-.PHONY: help demo data train-cnn finetune networks figure score test test-long bench lint clean clean-runs \
+.PHONY: help demo data train-cnn finetune networks figure score test test-long bench results lint clean clean-runs \
         python python-dev
 .DELETE_ON_ERROR:
 
@@ -73,7 +73,10 @@ test-long: $(DEV)  ## longer proofs, some minutes more
 	$(PYTEST) -m long
 
 bench: data .peers  ## speed and memory against the usual way, side by side, a quarter of an hour
-	"$(PYTHON)" tests/bench.py $(SOURCE) $(if $(DEVICE),--device "$(DEVICE)") --peers .peers
+	"$(PYTHON)" tests/bench.py $(SOURCE) $(if $(DEVICE),--device "$(DEVICE)") --peers .peers --out "$(FIGURES)/bench.json"
+
+results: $(ENV)  ## RESULTS.md from what trainings, scores and benchmarks left, which is gathered in results/
+	"$(PYTHON)" tests/results.py --runs "$(RUNS)" --figures "$(FIGURES)"
 
 lint: $(DEV)  ## ruff
 	"$(PYTHON)" -m ruff check .

@@ -1,0 +1,423 @@
+"""RESULTS.md from what was measured: `make results`, or
+
+    python tests/results.py --runs runs --figures figures
+
+Copies what trainings (runs/*/result.json, log.csv), score.py (figures/*.json with the .csv beside it) and tests/bench.py
+(bench.json, bench-accuracy.json) left into results/, a folder for each, named after it and its commit; then writes
+RESULTS.md from all that results/ holds. So measurements of days and of several machines gather in the repository, and
+every number has its file. What stands between <!-- prose NAME --> and <!-- /prose --> in RESULTS.md is kept as it is.
+"""
+
+import argparse
+import csv
+import json
+import re
+import shlex
+import statistics
+import sys
+import textwrap
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(HERE), str(HERE / "tests")]
+
+import bench  # noqa: E402
+import data  # noqa: E402
+import models  # noqa: E402
+import score  # noqa: E402
+import train  # noqa: E402
+
+NOT_MEASURED = "not measured"
+REPORT, HEAD_REPORT = "72 % (report)", "96-97 % (report)"
+ANY = None
+# Rows of the table of accuracy: (name, to beat, what its recipe must say; all else as train.DEFAULTS has it, or ANY).
+PROTOCOLS = (
+    ("CNN, 64 px, 100 epochs", REPORT, dict(arch="cnn", epochs=100)),
+    ("CNN, 64 px, 20 epochs", REPORT, dict(arch="cnn", epochs=20)),
+    ("CNN, 128 px, 5 epochs", "87.43 % (leaderboard)", dict(arch="cnn", epochs=5, crop=128, size=128)),
+    ("CNN, 128 px, 20 epochs", "91.57 % (leaderboard)", dict(arch="cnn", epochs=20, crop=128, size=128)),
+    ("CNN, plain 64 x 64 crops", REPORT, dict(arch="cnn", plain_crop=True, epochs=ANY, size=ANY)),
+    ("MobileNetV2, one look", HEAD_REPORT, dict(arch="mobilenet_v2", training="head", evaluated="224")),
+    ("MobileNetV2, two looks", HEAD_REPORT, dict(arch="mobilenet_v2", training="head", evaluated="224 320")),
+)
+CONTROLS = ("average drop", "increase in confidence", "deletion", "insertion", "pointing game",
+            "MaxBoxAccV2, cross-fitted")
+
+TEMPLATE = """\
+# Results
+
+Written by `make results` from the files in `results/`; only what stands between the marks of prose is typed by hand.
+
+<!-- prose introduction -->
+<!-- /prose -->
+
+## Accuracy
+
+{accuracy}
+
+<!-- prose accuracy -->
+<!-- /prose -->
+
+## Speed
+
+{speed}
+
+### Time to accuracy
+
+{time_to_accuracy}
+
+<!-- prose speed -->
+<!-- /prose -->
+
+## Does it look at the object?
+
+{scores}
+
+<!-- prose scores -->
+<!-- /prose -->
+
+<!-- prose own photos -->
+<!-- /prose -->
+
+<!-- prose survives -->
+<!-- /prose -->
+
+<!-- prose older measurements -->
+<!-- /prose -->
+
+<!-- prose glossary -->
+<!-- /prose -->
+"""
+
+
+# ---------------------------------------------------------------- gathering
+
+
+def without_folders(text):
+    """A word or a whole command without folders of this machine: of paths that are absolute or start with .., the name
+    alone is kept."""
+    def shorten(word):
+        option, equals, path = word.rpartition("=")
+        return option + equals + (Path(path).name if Path(path).is_absolute() or path.startswith("..") else path)
+
+    return shlex.join(shorten(word) for word in shlex.split(text))
+
+
+def read_json(path):
+    """The dictionary in a file; a data.DataError that names the file where there is none."""
+    try:
+        contents = json.loads(path.read_text())
+    except ValueError as error:
+        raise data.DataError(f"{path} is damaged ({error}): remove it, or measure again") from error
+    return contents if isinstance(contents, dict) else {}
+
+
+def same_measurement(a, b):
+    """Whether two files are of one command on one machine and commit: the later one then replaces the earlier."""
+    return all(a.get(key) == b.get(key) for key in ("command", "machine", "precision", "recipe"))
+
+
+def gather_one(facts, main, beside, name, results):
+    """Copy a measurement into a folder of its own in `results`, named after `name` and its commit, and numbered where
+    another measurement has that name. facts: what main, a .json file, holds; beside: a .csv file, or None."""
+    facts = facts | dict(command=without_folders(facts["command"]))
+    if facts.get("recipe", {}).get("weights"):
+        facts["recipe"] = facts["recipe"] | dict(weights=without_folders(facts["recipe"]["weights"]))
+    base, number = f"{name}-{facts['machine']['commit'] or 'no-commit'}", 1
+    folder = results / base
+    while (folder / main.name).exists() and not same_measurement(read_json(folder / main.name), facts):
+        number += 1
+        folder = results / f"{base}-{number}"
+    folder.mkdir(parents=True, exist_ok=True)
+    texts = {main.name: json.dumps(facts, indent=1) + "\n"}
+    if beside:
+        texts[beside.name] = beside.read_text()  # its line ends become plain ones
+    for file, text in texts.items():
+        with models.atomic(folder / file) as out:
+            out.write(text.encode())
+
+
+def gather(runs, figures, results):
+    """Copy all finished measurements on ImageNette from the folders `runs` and `figures` into the folder `results`.
+    Returns sentences on what was left out."""
+    left_out = []
+    for path in sorted(runs.glob("*/result.json")):
+        facts = read_json(path)
+        if "recipe" not in facts or "machine" not in facts:
+            left_out.append(f"{path} was left out: it does not say its recipe and machine, being older than this")
+        elif not path.parent.name.endswith("-dry-run"):
+            gather_one(facts, path, path.with_name("log.csv"), path.parent.name, results)
+    for path in sorted(figures.glob("*.json")):
+        facts = read_json(path)
+        if path.name in ("bench.json", "bench-accuracy.json"):
+            gather_one(facts, path, None, path.stem, results)
+        elif facts.get("networks"):
+            if {network["accuracy_n"] for network in facts["networks"].values()} != {data.COUNTS["val"]}:
+                left_out.append(f"{path} was left out: it is not of ImageNette's {data.COUNTS['val']:,} val photos")
+            else:
+                gather_one(facts, path, path.with_suffix(".csv"), path.stem, results)
+    return left_out
+
+
+# ---------------------------------------------------------------- text
+
+
+def table(rows):
+    """Rows, lists of as many strings, the first the header, as a table in Markdown, no wider than it must be."""
+    lines = ["| " + " | ".join(row) + " |" for row in rows]
+    return "\n".join([lines[0], "|" + " --- |" * len(rows[0]), *lines[1:]])
+
+
+def sources(texts):
+    """A numbered list, whose numbers the rows above it name; an empty string where there is none."""
+    lines = [textwrap.fill(f"{number}. {text}", 120, subsequent_indent="   ", break_long_words=False,
+                           break_on_hyphens=False) for number, text in enumerate(texts, 1)]
+    return "\n".join(["Sources:", "", *lines]) if lines else ""
+
+
+def duration(seconds):
+    """Seconds in words: "92 s", "54 min", "3 h 5 min"."""
+    minutes = round(seconds / 60)
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{minutes} min" if minutes < 120 else f"{minutes // 60} h {minutes % 60} min"
+
+
+def per_cent(shares):
+    """The mean of shares in per cent, and, where there are several, the standard deviation of the sample."""
+    mean = 100 * statistics.mean(shares)
+    return f"{mean:.2f} ± {100 * statistics.stdev(shares):.2f} %" if len(shares) > 1 else f"{mean:.2f} %"
+
+
+def describe_machine(facts):
+    """Commit, machine and versions of a measurement in one line."""
+    machine = facts["machine"]
+    where = [machine["processor"], machine["instructions"], f"{machine['cores']} cores"]
+    where += [f"{machine['memory']} GiB"] if machine["memory"] else []
+    where += [facts["device"]] if facts.get("device", "cpu") != "cpu" else []
+    where += [facts["precision"]]
+    if "threads" in facts:
+        where.append(f"{facts['processes']} x {facts['threads']} threads" if facts["processes"] > 1
+                     else f"{facts['threads']} thread{'s' * (facts['threads'] > 1)}")
+    versions = f"Python {machine['python']}, torch {machine['torch']}, torchvision {machine['torchvision']}"
+    return f"commit {machine['commit'] or 'unknown'}; {', '.join(where)}; {versions}"
+
+
+def source(facts):
+    """Command, commit, machine, versions and file of a measurement that is no training."""
+    return f"`{facts['command']}`; {describe_machine(facts)}; `{facts['file']}`"
+
+
+# ---------------------------------------------------------------- accuracy
+
+
+def protocol(facts):
+    """The place in PROTOCOLS that a training belongs to, or None. facts: of its result.json."""
+    recipe = facts["recipe"]
+    for place, (_, _, wanted) in enumerate(PROTOCOLS):
+        wanted = dict(train.DEFAULTS[wanted.get("training", "scratch")], plain_crop=False, holdout=0.0,
+                      photos=list(data.COUNTS.values())) | wanted
+        if all(value is ANY or recipe.get(key) == value for key, value in wanted.items()):
+            return place
+    return None
+
+
+def group_trainings(trainings):
+    """Lists of trainings that differ in their seed alone, in the order of PROTOCOLS, what is none of these last.
+    Where a seed is there twice, of several commits, each commit has a list of its own."""
+    groups = {}
+    for facts in trainings:
+        rest = {key: value for key, value in facts["recipe"].items() if key != "seed"}
+        kind = json.dumps([rest, facts["precision"], facts["machine"]["processor"]], sort_keys=True)
+        groups.setdefault(kind, []).append(facts)
+    split = []
+    for group in groups.values():
+        seeds = [facts["recipe"]["seed"] for facts in group]
+        commits = sorted({facts["machine"]["commit"] or "" for facts in group}) if len(set(seeds)) < len(seeds) else [ANY]
+        split += [[facts for facts in group if commit is ANY or (facts["machine"]["commit"] or "") == commit]
+                  for commit in commits]
+    for group in split:
+        group.sort(key=lambda facts: facts["recipe"]["seed"])
+    places = [len(PROTOCOLS) if (place := protocol(group[0])) is None else place for group in split]
+    return [(place, split[i]) for place, i in sorted(zip(places, range(len(split)), strict=True))]
+
+
+def training_source(group):
+    """What a row of the table of accuracy comes from. group: the trainings of several seeds."""
+    first = group[0]
+    best = f"best epoch {per_cent([facts['best_accuracy'] for facts in group])}"
+    if len(group) == 1:
+        best = f"best {best[11:]} after epoch {first['best_epoch']}"
+    seeds = f"seed{'s' * (len(group) > 1)} {', '.join(str(facts['recipe']['seed']) for facts in group)}"
+    machines = list(dict.fromkeys(describe_machine(facts) for facts in group))
+    files = ", ".join(f"`{facts['file']}`" for facts in group)
+    return (f"`{first['command']}`; {seeds}; {first['recipe']['epochs']} epochs; {first['accuracy_n']:,} photos of "
+            f"{first['accuracy_on']}; {best}; {'; '.join(machines)}; {files}")
+
+
+def passing_row(groups):
+    """The row on how soon the report's accuracy is passed: of the training with 64 px crops that does so first.
+    groups: of the first two PROTOCOLS, {number of the source: trainings}."""
+    name, to_beat = "CNN, 64 px, to pass 72 %", "100 epochs (report)"
+    passed = [(statistics.mean(facts["epochs_to_72"] for facts in group),
+               statistics.mean(facts["seconds_to_72"] for facts in group), number)
+              for number, group in groups.items() if all(facts["epochs_to_72"] for facts in group)]
+    if not passed:
+        return [name, to_beat, "not passed" if groups else NOT_MEASURED, "", ", ".join(map(str, groups))]
+    epochs, seconds, number = min(passed)
+    return [name, to_beat, f"{epochs:g} epochs", duration(seconds), str(number)]
+
+
+def accuracy(trainings):
+    """The table of accuracy and its sources. trainings: the contents of all result.json."""
+    texts, by_place, last = [], {}, len(PROTOCOLS)
+    for place, group in group_trainings(trainings):
+        texts.append(training_source(group))
+        by_place.setdefault(place, {})[len(texts)] = group
+    rows = [["protocol", "to beat", "last epoch", "time", "source"]]
+    for place in range(last + 1):
+        for number, group in by_place.get(place, {}).items():
+            name, to_beat, _ = PROTOCOLS[place] if place < last else (f"`{group[0]['run']}`", "", None)
+            name += f", {len(group)} seeds" if len(group) > 1 else ""
+            rows.append([name, to_beat, per_cent([facts["last_accuracy"] for facts in group]),
+                         duration(statistics.mean(facts["seconds"] for facts in group)), str(number)])
+        if place < last and place not in by_place:
+            rows.append([*PROTOCOLS[place][:2], NOT_MEASURED, "", ""])
+        if place == 1:
+            rows.append(passing_row({**by_place.get(0, {}), **by_place.get(1, {})}))
+    return "\n\n".join(filter(None, [table(rows), sources(texts)]))
+
+
+# ---------------------------------------------------------------- speed
+
+
+def speed(benches):
+    """A table for each bench.json."""
+    header = [list(bench.HEADER)]
+    if not benches:
+        return table(header + [[f"an epoch of the CNN, {bench.CROP} px", NOT_MEASURED, NOT_MEASURED, ""],
+                               ["maps of val", NOT_MEASURED, NOT_MEASURED, ""]])
+    return "\n\n".join(f"{table(header + [list(bench.cells(**row)) for row in facts['rows']])}\n\n"
+                       f"{sources([source(facts)])}" for facts in benches)
+
+
+def time_to_accuracy(benches):
+    """A table for each bench-accuracy.json."""
+    if not benches:
+        return table([["until 85 % of val", "time"], ["this project", NOT_MEASURED], ["the usual way", NOT_MEASURED]])
+    parts = []
+    for facts in benches:
+        ours = facts["rows"][0]["seconds"]
+        rows = [[f"until {100 * facts['accuracy']:g} % of val", "time", "epochs", "times this project's"]]
+        texts = [source(facts)]
+        for row in facts["rows"]:
+            passed = row["seconds"] is not None
+            rows.append([row["way"], duration(row["seconds"]) if passed else f"not reached in {row['of_epochs']} epochs",
+                         str(row["epochs"]) if passed else "", f"{row['seconds'] / ours:.1f}" if passed and ours else ""])
+            texts.append(f"{row['way']}: {row['settings']}")
+        parts.append(table(rows) + "\n\n" + sources(texts))
+    return "\n\n".join(parts)
+
+
+# ---------------------------------------------------------------- scores
+
+
+def read_scores(path):
+    """{(score, network, map): Estimate} from a .csv of score.py."""
+    with open(path, newline="") as file:
+        return {(line["score"], line["network"], line["map"]): score.Estimate(
+            float(line["value"]), *(float(line[end]) if line[end] else None for end in ("low", "high")), int(line["n"]))
+            for line in csv.DictReader(file)}
+
+
+def controls(results, networks):
+    """The table of scores against maps that saw nothing: of networks with random weights, and the centred square."""
+    kinds = (score.OWN, score.RANDOM, score.SQUARE)
+    rows = [["%, [95 % interval]", "network", *kinds]]
+    for name in CONTROLS:
+        rows += [[name, network, *(str(results.get((name, network, kind), "")) for kind in kinds)]
+                 for network in networks if (name, network, score.OWN) in results]
+    return table(rows) if len(rows) > 1 else ""
+
+
+def scores(all_scores):
+    """Tables for each run of score.py, those of its summary."""
+    if not all_scores:
+        return table([["%, [95 % interval]", "n", "network", score.SQUARE],
+                      *([name, "", NOT_MEASURED, NOT_MEASURED] for name in score.SUMMARY)])
+    parts = []
+    for facts in all_scores:
+        results, networks = read_scores(facts["csv"]), list(facts["networks"])
+        heading = "; ".join(f"{name} at {', '.join(map(str, network['looks']))} px"
+                            for name, network in facts["networks"].items())
+        parts.append(f"### {heading}")
+        for i in range(0, len(networks), score.BESIDE):
+            parts.append(table(score.summary_rows(results, networks[i : i + score.BESIDE], networks[0])))
+        parts.append(controls(results, networks))
+        trained = "; ".join(
+            f"{name}: {network['path']}, {network['description']}, seed {network['seed']}, epoch {network['best_epoch']} "
+            f"of {network['epochs']}, scored in {duration(facts['seconds'][name])}"
+            for name, network in facts["networks"].items())
+        parts.append(sources([f"{source(facts)} and the .csv beside it, which has all scores; {trained}"]))
+    return "\n\n".join(filter(None, parts))
+
+
+# ---------------------------------------------------------------- RESULTS.md
+
+BLOCK = re.compile(r"<!-- prose (?P<name>[^>]+?) -->\n(?P<text>.*?)<!-- /prose -->", re.DOTALL)
+
+
+def read_results(folder):
+    """All that the folder `results` holds, {"trainings", "benches", "accuracies", "scores": list of dictionaries}."""
+    found = dict(trainings=[], benches=[], accuracies=[], scores=[])
+    for path in sorted(folder.glob("*/*.json")):
+        kind = {"result.json": "trainings", "bench.json": "benches", "bench-accuracy.json": "accuracies"}
+        facts = read_json(path)
+        found[kind.get(path.name, "scores")].append(facts | dict(
+            file=f"{folder.name}/{path.parent.name}/{path.name}", run=path.parent.name.rpartition("-")[0],
+            csv=path.with_suffix(".csv")))
+    return found
+
+
+def write_document(path, found):
+    """Write RESULTS.md, whose prose is kept: a block that TEMPLATE does not name goes to the end. found: of
+    `read_results`."""
+    before = path.read_text() if path.exists() else ""
+    blocks = {match["name"]: match[0] for match in BLOCK.finditer(before)}
+    if len(blocks) != before.count("<!-- prose "):
+        raise data.DataError(f"{path}: a block of prose has no end (<!-- /prose -->), or a name that is there twice: "
+                             "mend it, and nothing will be lost")
+    document = TEMPLATE.format(accuracy=accuracy(found["trainings"]), speed=speed(found["benches"]),
+                               time_to_accuracy=time_to_accuracy(found["accuracies"]), scores=scores(found["scores"]))
+    document = BLOCK.sub(lambda match: blocks.pop(match["name"], match[0]), document)
+    document += "".join(f"\n{block}\n" for block in blocks.values())
+    with models.atomic(path) as file:
+        file.write(document.encode())
+
+
+def main(arguments=None):
+    """The command line: gather, and write."""
+    parser = argparse.ArgumentParser(description="Gather measurements in results/ and write RESULTS.md from them.",
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("--runs", default="runs", help="folder of trainings")
+    parser.add_argument("--figures", default="figures", help="folder of what score.py and tests/bench.py wrote")
+    parser.add_argument("--results", default="results", help="folder that measurements are gathered in")
+    parser.add_argument("--out", default="RESULTS.md", help="what is written")
+    options = parser.parse_args(arguments)
+    try:
+        for sentence in gather(Path(options.runs), Path(options.figures), Path(options.results)):
+            print(sentence)
+        found = read_results(Path(options.results))
+        write_document(Path(options.out), found)
+    except KeyError as error:
+        print(f"results.py: a file in {options.runs}, {options.figures} or {options.results} has no {error}: measure "
+              "again", file=sys.stderr)
+        sys.exit(2)
+    except (data.DataError, OSError) as error:
+        print(f"results.py: {error}", file=sys.stderr)
+        sys.exit(2)
+    print(f"written: {options.out}, from {sum(map(len, found.values()))} measurements in {options.results}/")
+
+
+if __name__ == "__main__":
+    main()
