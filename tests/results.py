@@ -2,10 +2,11 @@
 
     python tests/results.py --runs runs --figures figures
 
-Copies what trainings (runs/*/result.json, log.csv), score.py (figures/*.json with the .csv beside it) and tests/bench.py
-(bench.json, bench-accuracy.json) left into results/, a folder for each, named after it and its commit; then writes
-RESULTS.md from all that results/ holds. So measurements of days and of several machines gather in the repository, and
-every number has its file. What stands between <!-- prose NAME --> and <!-- /prose --> in RESULTS.md is kept as it is.
+Copies what was left by trainings (runs/*/result.json, log.csv), by score.py (figures/*.json, with the .csv beside it)
+and by tests/bench.py (bench.json, bench-accuracy.json) into results/, a folder for each, named after it and its commit;
+then writes RESULTS.md from all that results/ holds. So measurements of days and of several machines gather in the
+repository, and every number has its file. What stands between <!-- prose NAME --> and <!-- /prose --> in RESULTS.md is
+kept as it is.
 """
 
 import argparse
@@ -22,6 +23,7 @@ HERE = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(HERE), str(HERE / "tests")]
 
 import bench  # noqa: E402
+
 import data  # noqa: E402
 import models  # noqa: E402
 import score  # noqa: E402
@@ -212,34 +214,33 @@ def source(facts):
 
 
 def protocol(facts):
-    """The place in PROTOCOLS that a training belongs to, or None. facts: of its result.json."""
+    """The place in PROTOCOLS that a training belongs to, or its length where it is none. facts: of its result.json."""
     recipe = facts["recipe"]
     for place, (_, _, wanted) in enumerate(PROTOCOLS):
         wanted = dict(train.DEFAULTS[wanted.get("training", "scratch")], plain_crop=False, holdout=0.0,
                       photos=list(data.COUNTS.values())) | wanted
         if all(value is ANY or recipe.get(key) == value for key, value in wanted.items()):
             return place
-    return None
+    return len(PROTOCOLS)
 
 
 def group_trainings(trainings):
-    """Lists of trainings that differ in their seed alone, in the order of PROTOCOLS, what is none of these last.
-    Where a seed is there twice, of several commits, each commit has a list of its own."""
+    """[(place in PROTOCOLS, or its length, trainings that differ in their seed alone)], by place. Where a seed is there
+    twice, of several commits, each commit is a group."""
     groups = {}
     for facts in trainings:
-        rest = {key: value for key, value in facts["recipe"].items() if key != "seed"}
-        kind = json.dumps([rest, facts["precision"], facts["machine"]["processor"]], sort_keys=True)
+        recipe = {key: value for key, value in facts["recipe"].items() if key != "seed"}
+        kind = json.dumps([recipe, facts["precision"], facts["machine"]["processor"]], sort_keys=True)
         groups.setdefault(kind, []).append(facts)
-    split = []
+    found = []
     for group in groups.values():
-        seeds = [facts["recipe"]["seed"] for facts in group]
-        commits = sorted({facts["machine"]["commit"] or "" for facts in group}) if len(set(seeds)) < len(seeds) else [ANY]
-        split += [[facts for facts in group if commit is ANY or (facts["machine"]["commit"] or "") == commit]
-                  for commit in commits]
-    for group in split:
-        group.sort(key=lambda facts: facts["recipe"]["seed"])
-    places = [len(PROTOCOLS) if (place := protocol(group[0])) is None else place for group in split]
-    return [(place, split[i]) for place, i in sorted(zip(places, range(len(split)), strict=True))]
+        seeds = {facts["recipe"]["seed"] for facts in group}
+        parts = {}
+        for facts in sorted(group, key=lambda facts: facts["recipe"]["seed"]):
+            commit = facts["machine"]["commit"] if len(seeds) < len(group) else "any"
+            parts.setdefault(commit, []).append(facts)
+        found += [(protocol(part[0]), part) for part in parts.values()]
+    return sorted(found, key=lambda entry: entry[0])
 
 
 def training_source(group):
@@ -309,12 +310,13 @@ def time_to_accuracy(benches):
     for facts in benches:
         ours = facts["rows"][0]["seconds"]
         rows = [[f"until {100 * facts['accuracy']:g} % of val", "time", "epochs", "times this project's"]]
-        texts = [source(facts)]
         for row in facts["rows"]:
-            passed = row["seconds"] is not None
-            rows.append([row["way"], duration(row["seconds"]) if passed else f"not reached in {row['of_epochs']} epochs",
-                         str(row["epochs"]) if passed else "", f"{row['seconds'] / ours:.1f}" if passed and ours else ""])
-            texts.append(f"{row['way']}: {row['settings']}")
+            if row["seconds"] is None:
+                rows.append([row["way"], "not reached", f"{row['of_epochs']}", ""])
+            else:
+                times = f"{row['seconds'] / ours:.1f}" if ours else ""
+                rows.append([row["way"], duration(row["seconds"]), f"{row['epochs']} of {row['of_epochs']}", times])
+        texts = [source(facts), *(f"{row['way']}: {row['settings']}" for row in facts["rows"])]
         parts.append(table(rows) + "\n\n" + sources(texts))
     return "\n\n".join(parts)
 
@@ -354,11 +356,11 @@ def scores(all_scores):
         for i in range(0, len(networks), score.BESIDE):
             parts.append(table(score.summary_rows(results, networks[i : i + score.BESIDE], networks[0])))
         parts.append(controls(results, networks))
-        trained = "; ".join(
-            f"{name}: {network['path']}, {network['description']}, seed {network['seed']}, epoch {network['best_epoch']} "
-            f"of {network['epochs']}, scored in {duration(facts['seconds'][name])}"
-            for name, network in facts["networks"].items())
-        parts.append(sources([f"{source(facts)} and the .csv beside it, which has all scores; {trained}"]))
+        texts = [f"{source(facts)}; all scores are in the .csv beside it"]
+        for name, network in facts["networks"].items():
+            texts.append(f"{name}: {network['path']}, {network['description']}, seed {network['seed']}, epoch "
+                         f"{network['best_epoch']} of {network['epochs']}, scored in {duration(facts['seconds'][name])}")
+        parts.append(sources(texts))
     return "\n\n".join(filter(None, parts))
 
 
