@@ -358,8 +358,9 @@ def scores(all_scores):
         parts.append(controls(results, networks))
         texts = [f"{source(facts)}; all scores are in the .csv beside it"]
         for name, network in facts["networks"].items():
-            texts.append(f"{name}: {network['path']}, {network['description']}, seed {network['seed']}, epoch "
-                         f"{network['best_epoch']} of {network['epochs']}, scored in {duration(facts['seconds'][name])}")
+            texts.append(f"{name}: {network['path']}, {network['description']}, seed {network['seed']}, "
+                         f"epoch {network['best_epoch']} of {network['epochs']}; "
+                         f"scored in {duration(facts['seconds'][name])}")
         parts.append(sources(texts))
     return "\n\n".join(filter(None, parts))
 

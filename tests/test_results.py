@@ -83,8 +83,8 @@ def test_a_training_is_a_row_with_its_source(gathered, tmp_path):
     assert row(text, "CNN, 64 px, to pass 72 %")[2:] == ["2 epochs", "95 s", "1"]
     source = " ".join(re.search(r"^1\. .*?(?=\n\n)", text, re.M | re.S)[0].split())
     assert source == ("1. `python train.py cnn --seed 0 --data imagenette`; seed 0; 100 epochs; 3,925 photos of val; "
-                      "best 90.53 % after epoch 3; commit abc1234; Made Up 9, AVX512, 2 cores, 24 GiB, float32, 1 thread; "
-                      "Python 3.11.7, torch 2.14.1, torchvision 0.29.1; `results/cnn-abc1234/result.json`")
+                      "best 90.53 % after epoch 3; commit abc1234; Made Up 9, AVX512, 2 cores, 24 GiB, float32, "
+                      "1 thread; Python 3.11.7, torch 2.14.1, torchvision 0.29.1; `results/cnn-abc1234/result.json`")
     assert (tmp_path / "results/cnn-abc1234/log.csv").read_bytes() == b"epoch,val_accuracy\n1,0.5\n"
     assert "secret" not in (tmp_path / "results/cnn-abc1234/result.json").read_text()
 
@@ -139,7 +139,7 @@ def test_scores_are_the_tables_of_score(gathered, tmp_path):
     assert row(text, "pointing game ↑")[2:] == ["80.0 [70.0, 90.0]", "75.0 [70.0, 80.0]"]
     assert row(text, "  minus centred square")[2] == "5.0 [-1.0, 10.0]"
     assert row(text, "average drop") == ["average drop", "cnn", "20.0 [10.0, 30.0]", "40.0 [30.0, 50.0]", ""]
-    assert "epoch 19 of 20, scored in 60 s" in " ".join(text.split())
+    assert "epoch 19 of 20; scored in 60 s" in " ".join(text.split())
     assert [path.name for path in (tmp_path / "results").iterdir()] == ["scores-abc1234"]
 
 
