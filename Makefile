@@ -26,12 +26,12 @@ NETWORKS := $(if $(filter cnn,$(ARCH)),,"$(RUNS)/$(ARCH)/best.pt") "$(RUNS)/cnn/
 # result.json is the last file that a training writes: where it is missing, train, or go on training.
 trained = [ -e "$(RUNS)/$(1)/result.json" ] || $(MAKE) --no-print-directory $(2)
 
-.PHONY: help demo data train-cnn finetune networks figure score test test-long bench results lint clean clean-runs \
-        python python-dev
+.PHONY: help demo data train-cnn finetune networks figure score test test-long bench bench-accuracy results lint clean \
+        clean-runs python python-dev
 .DELETE_ON_ERROR:
 
 help:  ## this list
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | awk -F'\t' '{printf "  make %-12s%s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | awk -F'\t' '{printf "  make %-16s%s\n", $$1, $$2}'
 	@sed -nE 's/^#   (.*)/  \1/p' $(MAKEFILE_LIST)
 
 # The drawn photos are no ImageNet photos, and there is no network to get weights from: here the ResNet learns from scratch.
@@ -74,6 +74,10 @@ test-long: $(DEV)  ## longer proofs, some minutes more
 
 bench: data .peers  ## speed and memory against the usual way, side by side, a quarter of an hour
 	"$(PYTHON)" tests/bench.py $(SOURCE) $(if $(DEVICE),--device "$(DEVICE)") --peers .peers --out "$(FIGURES)/bench.json"
+
+bench-accuracy: data  ## seconds until 85 % of val, against the usual ways, hours without a GPU
+	"$(PYTHON)" tests/bench_accuracy.py $(SOURCE) $(if $(DEVICE),--device "$(DEVICE)") \
+	    $(if $(RUN),--run "$(RUN)") --out "$(FIGURES)/bench-accuracy.json"
 
 results: $(ENV)  ## RESULTS.md from what trainings, scores and benchmarks left, which is gathered in results/
 	"$(PYTHON)" tests/results.py --runs "$(RUNS)" --figures "$(FIGURES)"

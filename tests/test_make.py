@@ -57,6 +57,9 @@ def test_names_with_spaces_stay_one_word_in_every_command(make):
     assert make("score", *spaced)[-1] == (f"<score.py>{models}<--data><my photos><--boxes><my boxes>"
                                           "<--out><my figures/scores>")
     assert "<old runs/demo>" in make("demo", *spaced)[1]
+    assert make("results", *spaced) == ["<tests/results.py><--runs><old runs><--figures><my figures>"]
+    assert make("bench-accuracy", *spaced, "RUN=old runs/cnn")[-1] == (
+        "<tests/bench_accuracy.py><--data><my photos><--run><old runs/cnn><--out><my figures/bench-accuracy.json>")
 
 
 def test_figure_makes_what_is_missing_and_no_more(make, tmp_path):

@@ -1,0 +1,185 @@
+"""How long until 85 % of val, against the usual ways of training from scratch: `make bench-accuracy`, or
+
+    python tests/bench_accuracy.py --data data/imagenette2-160 --run runs/cnn-64-20-0
+
+This project's time is that of a run's log.csv, or, without --run, of a new training; the usual ways are trained here,
+torchvision's ResNet-18 and this project's CNN, until they are there, with nothing beside them. All train on 64 px crops
+of photos that are on disk, and are validated on whole photos of 96 px after every epoch; time is that of all epochs up
+to the first that gets there, validation included, the start of the program and decoding photos ahead of time not.
+Prints what was reached and writes it as JSON (--out).
+"""
+
+import argparse
+import csv
+import json
+import os
+import shlex
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+import torchvision
+from torchvision import transforms
+
+HERE = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(HERE))
+
+import data  # noqa: E402
+import models  # noqa: E402
+import score  # noqa: E402
+import train  # noqa: E402
+
+SCRATCH = train.DEFAULTS["scratch"]
+CROP, SIZE, SMOOTHING = SCRATCH["crop"], SCRATCH["size"], SCRATCH["smoothing"]
+BATCH, LR, MOMENTUM, WEIGHT_DECAY = 64, 0.05, 0.9, 5e-4  # of the usual ways
+
+
+def first_pass(rows, accuracy):
+    """Seconds and epochs until `accuracy`, both None where it is not reached. rows: (val accuracy, seconds) of each
+    epoch."""
+    total = 0.0
+    for epoch, (reached, seconds) in enumerate(rows, 1):
+        total += seconds
+        if reached >= accuracy:
+            return dict(seconds=round(total, 1), epochs=epoch)
+    return dict(seconds=None, epochs=None)
+
+
+# ---------------------------------------------------------------- this project
+
+
+def read_run(run):
+    """The (val accuracy, seconds) of all epochs of a finished training in the folder `run`, and its result.json."""
+    try:
+        result = json.loads((run / "result.json").read_text())
+        with open(run / "log.csv", newline="") as file:
+            rows = [(float(row["val_accuracy"]), float(row["seconds"])) for row in csv.DictReader(file)]
+    except (OSError, ValueError, KeyError) as error:
+        raise data.DataError(f"{run} holds no finished training of train.py ({error}): name another with --run, or "
+                             "leave it out for a new training") from error
+    return rows, result
+
+
+def this_project(run, folder, device, accuracy, epochs):
+    """The row of this project. run: folder of a training that is there, or None: a new one of `epochs` epochs."""
+    with tempfile.TemporaryDirectory() as runs:
+        if run is None:
+            run = Path(runs) / "cnn"
+            subprocess.run([sys.executable, HERE / "train.py", "cnn", "--epochs", str(epochs), "--data", folder,
+                            "--runs", runs, "--device", device.type], check=True, stdout=sys.stderr)
+        rows, result = read_run(run)
+    here, there = (machine["processor"] for machine in (models.machine(), result["machine"]))
+    if here != there:
+        raise data.DataError(f"{run} was trained on another machine, {there}, not on {here}: leave --run out")
+    if result["accuracy_on"] != "val":
+        raise data.DataError(f"{run} was validated on {result['accuracy_on']}, not on val: name another with --run")
+    recipe = result["recipe"]
+    command = shlex.join(map(score.relative, shlex.split(result["command"])))  # without folders of this machine
+    settings = (f"`{command}`, commit {result['machine']['commit']}: {recipe['crop']} px crops, evaluated at "
+                f"{recipe['size']} px, batches of {recipe['batch_size']}, {result['precision']}, {result['device']}, "
+                f"{result['processes']} process, {result['threads']} threads, photos decoded ahead of time")
+    return dict(way="this project", of_epochs=recipe["epochs"], settings=settings) | first_pass(rows, accuracy)
+
+
+# ---------------------------------------------------------------- the usual ways
+
+
+def loaders(folder, device):
+    """The usual DataLoaders of train and val: decoded anew in every epoch, by a worker for each core."""
+    to_tensor = [transforms.ToTensor(), transforms.Normalize(data.MEAN, data.STD)]
+    training = transforms.Compose([transforms.RandomResizedCrop(CROP), transforms.RandomHorizontalFlip(), *to_tensor])
+    whole = transforms.Compose([transforms.Resize((SIZE, SIZE)), *to_tensor])
+    common = dict(num_workers=os.cpu_count(), persistent_workers=True, pin_memory=device.type == "cuda")
+    photos = [torchvision.datasets.ImageFolder(Path(folder) / split, transform)
+              for split, transform in (("train", training), ("val", whole))]
+    return (torch.utils.data.DataLoader(photos[0], BATCH, shuffle=True, drop_last=True, **common),
+            torch.utils.data.DataLoader(photos[1], 2 * BATCH, **common))
+
+
+def train_usual(network, batches, optimizer, schedule, device):
+    """One epoch of the loop as everybody writes it."""
+    network.train()
+    for images, labels in batches:
+        logits = network(images.to(device))
+        loss = F.cross_entropy(logits, labels.to(device), label_smoothing=SMOOTHING)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        schedule.step()
+
+
+@torch.no_grad()
+def validate(network, batches, device):
+    """The share of photos that `network` gets right."""
+    network.eval()
+    right = photos = 0
+    for images, labels in batches:
+        right += int((network(images.to(device)).argmax(1) == labels.to(device)).sum())
+        photos += len(labels)
+    return right / photos
+
+
+def usual_way(way, network, folder, device, accuracy, epochs):
+    """The row of `network`, called `way`, trained until it has `accuracy`, for `epochs` epochs at most, over which its
+    learning rate makes one cycle."""
+    network = network.to(device)
+    train_batches, val_batches = loaders(folder, device)
+    optimizer = torch.optim.SGD(network.parameters(), LR, momentum=MOMENTUM, nesterov=True, weight_decay=WEIGHT_DECAY)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LR, total_steps=epochs * len(train_batches) + 1)
+    rows = []
+    while len(rows) < epochs and (not rows or rows[-1][0] < accuracy):
+        started = time.time()
+        train_usual(network, train_batches, optimizer, schedule, device)
+        reached = validate(network, val_batches, device)
+        rows.append((reached, time.time() - started))
+        print(f"{way}: epoch {len(rows)}/{epochs}, val {reached:.2%}, {rows[-1][1]:.0f} s", file=sys.stderr, flush=True)
+    settings = (f"ImageFolder, DataLoader with {os.cpu_count()} workers, RandomResizedCrop({CROP}), mirror, evaluated "
+                f"at {SIZE} px; SGD, Nesterov momentum {MOMENTUM}, weight decay {WEIGHT_DECAY}, batches of {BATCH}, one "
+                f"cycle up to {LR} in {epochs} epochs; label smoothing {SMOOTHING}; float32, {device.type}, "
+                f"{torch.get_num_threads()} threads")
+    return dict(way=way, of_epochs=epochs, settings=settings) | first_pass(rows, accuracy)
+
+
+def main(arguments=None):
+    """The command line: a row for this project and each usual way."""
+    parser = argparse.ArgumentParser(description="Time until an accuracy on val, against the usual ways.",
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("--data", default="data/imagenette2-160", help="ImageNette folder or .tgz")
+    parser.add_argument("--device", default="auto", help="cpu, cuda, mps or auto")
+    parser.add_argument("--accuracy", type=train.number(float, 0, 1), default=0.85, help="share of val to get right")
+    parser.add_argument("--run", type=Path, help="folder of a finished training of train.py, in place of a new one")
+    parser.add_argument("--epochs", type=train.number(int, 1), default=10, help="of this project's new training")
+    parser.add_argument("--usual-epochs", type=train.number(int, 1), default=40, help="of the usual ways, at most")
+    parser.add_argument("--out", default="figures/bench-accuracy.json", help="where the measurements go")
+    options = parser.parse_args(arguments)
+    try:
+        device = train.choose_device(options.device)
+        folder = str(data.prepare(options.data))
+        for split in data.COUNTS:
+            data.load(folder, split)  # decoded now, in nobody's time
+        rows = [this_project(options.run, folder, device, options.accuracy, options.epochs)]
+        torch.manual_seed(0)
+        for way, network in (("torchvision's ResNet-18, the usual way", torchvision.models.resnet18(num_classes=10)),
+                             ("this project's CNN, the usual way", models.cnn())):
+            rows.append(usual_way(way, network, folder, device, options.accuracy, options.usual_epochs))
+        facts = dict(command=shlex.join(["python", "tests/bench_accuracy.py", *(arguments or sys.argv[1:])]),
+                     machine=models.machine(), device=device.type, precision=train.choose_precision(device).name,
+                     accuracy=options.accuracy, rows=rows)
+        Path(options.out).parent.mkdir(parents=True, exist_ok=True)
+        with models.atomic(options.out) as file:
+            file.write(json.dumps(facts, indent=1).encode())
+    except (train.TrainError, data.DataError, OSError, subprocess.CalledProcessError) as error:
+        print(f"bench_accuracy.py: {error}", file=sys.stderr)
+        sys.exit(2)
+    for row in rows:
+        print(f"{row['way']}: {options.accuracy:.0%} of val after "
+              + (f"{row['seconds']:.0f} s, {row['epochs']} epochs" if row["seconds"] else "more epochs than it had"))
+    print(f"written: {options.out}; `make results` takes it into RESULTS.md")
+
+
+if __name__ == "__main__":
+    main()
