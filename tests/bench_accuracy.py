@@ -138,8 +138,8 @@ def usual_way(way, network, folder, device, accuracy, epochs):
         rows.append((reached, time.time() - started))
         print(f"{way}: epoch {len(rows)}/{epochs}, val {reached:.2%}, {rows[-1][1]:.0f} s", file=sys.stderr, flush=True)
     settings = (f"ImageFolder, DataLoader with {os.cpu_count()} workers, RandomResizedCrop({CROP}), mirror, evaluated "
-                f"at {SIZE} px; SGD, Nesterov momentum {MOMENTUM}, weight decay {WEIGHT_DECAY}, batches of {BATCH}, one "
-                f"cycle up to {LR} in {epochs} epochs; label smoothing {SMOOTHING}; float32, {device.type}, "
+                f"at {SIZE} px; SGD, Nesterov momentum {MOMENTUM}, weight decay {WEIGHT_DECAY}, batches of {BATCH}, "
+                f"one cycle up to {LR} in {epochs} epochs; label smoothing {SMOOTHING}; float32, {device.type}, "
                 f"{torch.get_num_threads()} threads")
     return dict(way=way, of_epochs=epochs, settings=settings) | first_pass(rows, accuracy)
 

@@ -16,7 +16,8 @@ CPU = torch.device("cpu")
 def finished_run(tmp_path):
     """A folder with what train.py leaves of a training of three epochs, made up."""
     result = dict(command="python train.py cnn --data /secret/place", machine=models.machine(), precision="float32",
-                  device="cpu", processes=1, threads=2, accuracy_on="val", recipe=dict(crop=64, size=96, batch_size=64, epochs=3))
+                  device="cpu", processes=1, threads=2, accuracy_on="val",
+                  recipe=dict(crop=64, size=96, batch_size=64, epochs=3))
     folder = tmp_path / "cnn"
     folder.mkdir()
     (folder / "result.json").write_text(json.dumps(result))
