@@ -122,7 +122,7 @@ def same_measurement(a, b):
 def gather_one(facts, main, beside, name, results):
     """Copy a measurement into a folder of its own in `results`, named after `name` and its commit, and numbered where
     another measurement has that name. facts: what main, a .json file, holds; beside: a .csv file, or None."""
-    facts = facts | dict(command=without_folders(facts["command"]))
+    facts = facts | dict(command=without_folders(facts["command"]), name=name)
     if facts.get("recipe", {}).get("weights"):
         facts["recipe"] = facts["recipe"] | dict(weights=without_folders(facts["recipe"]["weights"]))
     base, number = f"{name}-{facts['machine']['commit'] or 'no-commit'}", 1
@@ -246,9 +246,8 @@ def group_trainings(trainings):
 def training_source(group):
     """What a row of the table of accuracy comes from. group: the trainings of several seeds."""
     first = group[0]
-    best = f"best epoch {per_cent([facts['best_accuracy'] for facts in group])}"
-    if len(group) == 1:
-        best = f"best {best[11:]} after epoch {first['best_epoch']}"
+    best = f"best {per_cent([facts['best_accuracy'] for facts in group])}"
+    best += f" after epoch {first['best_epoch']}" if len(group) == 1 else ""
     seeds = f"seed{'s' * (len(group) > 1)} {', '.join(str(facts['recipe']['seed']) for facts in group)}"
     machines = list(dict.fromkeys(describe_machine(facts) for facts in group))
     files = ", ".join(f"`{facts['file']}`" for facts in group)
@@ -271,21 +270,21 @@ def passing_row(groups):
 
 def accuracy(trainings):
     """The table of accuracy and its sources. trainings: the contents of all result.json."""
-    texts, by_place, last = [], {}, len(PROTOCOLS)
-    for place, group in group_trainings(trainings):
-        texts.append(training_source(group))
-        by_place.setdefault(place, {})[len(texts)] = group
+    groups = group_trainings(trainings)
     rows = [["protocol", "to beat", "last epoch", "time", "source"]]
-    for place in range(last + 1):
-        for number, group in by_place.get(place, {}).items():
-            name, to_beat, _ = PROTOCOLS[place] if place < last else (f"`{group[0]['run']}`", "", None)
-            name += f", {len(group)} seeds" if len(group) > 1 else ""
-            rows.append([name, to_beat, per_cent([facts["last_accuracy"] for facts in group]),
+    for place in range(len(PROTOCOLS) + 1):
+        of_place = {number: group for number, (at, group) in enumerate(groups, 1) if at == place}
+        name, to_beat = PROTOCOLS[place][:2] if place < len(PROTOCOLS) else (None, "")  # a run that is none of these
+        for number, group in of_place.items():
+            seeds = f", {len(group)} seeds" if len(group) > 1 else ""
+            rows.append([(name or f"`{group[0]['name']}`") + seeds, to_beat,
+                         per_cent([facts["last_accuracy"] for facts in group]),
                          duration(statistics.mean(facts["seconds"] for facts in group)), str(number)])
-        if place < last and place not in by_place:
-            rows.append([*PROTOCOLS[place][:2], NOT_MEASURED, "", ""])
+        if name and not of_place:
+            rows.append([name, to_beat, NOT_MEASURED, "", ""])
         if place == 1:
-            rows.append(passing_row({**by_place.get(0, {}), **by_place.get(1, {})}))
+            rows.append(passing_row({number: group for number, (at, group) in enumerate(groups, 1) if at <= 1}))
+    texts = [training_source(group) for _, group in groups]
     return "\n\n".join(filter(None, [table(rows), sources(texts)]))
 
 
@@ -377,8 +376,7 @@ def read_results(folder):
         kind = {"result.json": "trainings", "bench.json": "benches", "bench-accuracy.json": "accuracies"}
         facts = read_json(path)
         found[kind.get(path.name, "scores")].append(facts | dict(
-            file=f"{folder.name}/{path.parent.name}/{path.name}", run=path.parent.name.rpartition("-")[0],
-            csv=path.with_suffix(".csv")))
+            file=f"{folder.name}/{path.parent.name}/{path.name}", csv=path.with_suffix(".csv")))
     return found
 
 

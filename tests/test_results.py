@@ -95,7 +95,7 @@ def test_seeds_are_one_row_with_mean_and_deviation(gathered, tmp_path):
     text = gathered()
     assert row(text, "CNN, 128 px, 5 epochs")[:3] == ["CNN, 128 px, 5 epochs, 3 seeds", "87.43 % (leaderboard)",
                                                       "88.00 ± 1.00 %"]
-    assert "seeds 0, 1, 2; 5 epochs" in text and "best epoch 89.00 ± 1.00 %" in " ".join(text.split())
+    assert "seeds 0, 1, 2; 5 epochs" in text and "best 89.00 ± 1.00 %" in " ".join(text.split())
 
 
 def test_a_seed_of_two_commits_is_two_rows(gathered, tmp_path):
