@@ -150,10 +150,10 @@ def main(arguments=None):
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--data", default="data/imagenette2-160", help="ImageNette folder or .tgz")
     parser.add_argument("--device", default="auto", help="cpu, cuda, mps or auto")
-    parser.add_argument("--accuracy", type=train.number(float, 0, 1), default=0.85, help="share of val to get right")
+    parser.add_argument("--accuracy", type=train.in_range(float, 0, 1), default=0.85, help="share of val to get right")
     parser.add_argument("--run", type=Path, help="folder of a finished training of train.py, in place of a new one")
-    parser.add_argument("--epochs", type=train.number(int, 1), default=10, help="of this project's new training")
-    parser.add_argument("--usual-epochs", type=train.number(int, 1), default=40, help="of the usual ways, at most")
+    parser.add_argument("--epochs", type=train.in_range(int, 1), default=10, help="of this project's new training")
+    parser.add_argument("--usual-epochs", type=train.in_range(int, 1), default=40, help="of the usual ways, at most")
     parser.add_argument("--out", default="figures/bench-accuracy.json", help="where the measurements go")
     options = parser.parse_args(arguments)
     try:
