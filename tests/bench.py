@@ -336,7 +336,8 @@ def values(results, key):
 
 
 def training(rows, command, precision):
-    """Rows on training. Returns what the jobs "epoch" and "epoch_usual" gave, a list of dicts each."""
+    """Rows on training, with what share of a matrix product's speed it reaches. Returns what the job "epoch_usual"
+    gave, a list of dicts."""
     ours, usual = in_turns(command, ("epoch", {}), ("epoch_usual", {}))
     add(rows, f"an epoch of the CNN, {CROP} px", "images/s", *(values(r, "images_per_second") for r in (ours, usual)))
     for part, what in (("batch", "making its batch"), ("optimiser", "optimiser"), ("average", "averaged weights")):
@@ -344,14 +345,20 @@ def training(rows, command, precision):
     if precision.dtype:
         mixed, plain = in_turns(command, ("epoch", dict(share=0.25)), ("epoch", dict(share=0.25, plain=True)))
         add(rows, f"{precision.name}, channels-last; or neither", "s", *(values(r, "seconds") for r in (mixed, plain)))
+    network, _ = our_network(torch.device("cpu"), precision)
+    reached = [speed * operations(network, CROP, backward=True) for speed in values(ours, "images_per_second")]
+    peak = job(command, "peak", dtype=precision.name)["peak"]
+    add(rows, "arithmetic of training", "TFLOP/s", reached)
+    add(rows, f"a large matrix product, {precision.name}", "TFLOP/s", [peak])
+    add(rows, f"share of that, {precision.name}: training", "%", [speed / peak for speed in reached])
+    return usual
+
+
+def head_and_maps(rows, command, precision, peers):
+    """Rows on the last layer's training and on maps, with what share of a matrix product's speed maps reach.
+    peers: whether torchcam and grad-cam are there."""
     heads = in_turns(command, ("head", {}), ("head_usual", {}))
     add(rows, "last layer of ResNet-18, 5 epochs", "s", *(values(r, "seconds") for r in heads))
-    return ours, usual
-
-
-def maps_and_peak(rows, command, precision, trained, peers):
-    """Rows on maps, and on what share of a matrix product's speed training and maps reach. trained: dicts of "epoch";
-    peers: whether torchcam and grad-cam are there."""
     types = list(dict.fromkeys([precision.name, "float32"]))
     packages = ["torchcam", "gradcam"] if peers else []
     turns = in_turns(command, *(("maps", dict(way=way)) for way in types + packages))
@@ -359,16 +366,10 @@ def maps_and_peak(rows, command, precision, trained, peers):
     for ours in types:
         for theirs in packages:
             add(rows, f"maps of val, {ours}; or {theirs}", "s", *(values(found[w], "seconds") for w in (ours, theirs)))
-    network, _ = our_network(torch.device("cpu"), precision)
-    reached = [speed * operations(network, CROP, backward=True) for speed in values(trained, "images_per_second")]
-    add(rows, "arithmetic of training", "TFLOP/s", reached)
+    forward = operations(models.build("resnet18").eval(), SIZE)
     for dtype in types:
         peak = job(command, "peak", dtype=dtype)["peak"]
-        add(rows, f"a large matrix product, {dtype}", "TFLOP/s", [peak])
-        if dtype == precision.name:
-            add(rows, f"share of that, {dtype}: training", "%", [speed / peak for speed in reached])
-        forward = operations(models.build("resnet18").eval(), SIZE)
-        add(rows, f"share of that, {dtype}: maps", "%",
+        add(rows, f"share of a large matrix product, {dtype}: maps", "%",
             [speed * forward / peak for speed in values(found[dtype], "images_per_second")])
 
 
@@ -399,15 +400,17 @@ def growth(rows, command):
         add(rows, f"{what} the photos, {CROP} px", "s", [job(command, "epoch", share=share)["seconds"]])
 
 
-def measure(source, folder, device, precision, peers):
-    """All rows of the table, printed as they come. source: what the user named as data; folder: where they are."""
+def measure(source, folder, device, precision, peers, quick):
+    """All rows of the table, printed as they come. source: what the user named as data; folder: where they are;
+    quick: without those on the last layer and on maps."""
     command = [sys.executable, __file__, "--data", folder, "--device", device, *(["--peers", peers] if peers else [])]
     rows = []
     print("| " + " | ".join(HEADER) + " |\n" + "| --- " * len(HEADER) + "|")
-    ours, usual = training(rows, command, precision)
+    usual = training(rows, command, precision)
     first = [job(command, "first_batch", source=source) for _ in range(REPEATS)]
     add(rows, "archive to first batch, second start", "s", values(first, "seconds"))
-    maps_and_peak(rows, command, precision, ours, peers)
+    if not quick:
+        head_and_maps(rows, command, precision, peers)
     memory(rows, command, folder, device, usual)
     growth(rows, command)
     return rows
@@ -420,6 +423,8 @@ def main():
     parser.add_argument("--device", default="auto", help="cpu, cuda, mps or auto")
     parser.add_argument("--peers", help="folder with torchcam and grad-cam; without it, they are left out")
     parser.add_argument("--out", default="figures/bench.json", help="where the measurements go")
+    parser.add_argument("--quick", action="store_true", help="without the last layer's training and maps, which take "
+                                                             "an hour where there is no bfloat16")
     parser.add_argument("--job", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.peers:
@@ -439,7 +444,7 @@ def main():
             data.load(folder, split)
         facts = dict(command=shlex.join(["python", "tests/bench.py", *sys.argv[1:]]), machine=models.machine(),
                      device=device.type, precision=precision.name, repeats=REPEATS)
-        facts["rows"] = measure(options.data, folder, device.type, precision, options.peers)
+        facts["rows"] = measure(options.data, folder, device.type, precision, options.peers, options.quick)
         with models.atomic(options.out) as file:
             file.write(json.dumps(facts, indent=1).encode())
         print(f"\nwritten: {options.out}; `make results` takes it into RESULTS.md")
