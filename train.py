@@ -46,7 +46,7 @@ class Recipe:
     training: str  # a key of DEFAULTS
     epochs: int
     crop: int  # px, side of a training crop
-    size: int  # px, side of the photos in evaluation
+    size: int  # px, side of the photos in evaluation; where a head is trained, of no meaning beside `looks`
     looks: tuple  # px, sides of the photos when maps are made, and for stored features
     batch_size: int
     lr: float  # at its peak
@@ -156,9 +156,9 @@ def orthogonalise(matrices, dtype=torch.float32, steps=3):
     """Roughly the orthogonal matrix nearest to each of `matrices` (..., m, n): its singular vectors, large singular
     values near 1.
 
-    Newton-Schulz steps x <- (a + b xx' + c (xx')^2) x drive singular values in 0..1 towards 1; in three steps those
-    below a fiftieth of the norm are only raised, which trains as well. Polynomials of xx' commute, so their product is
-    found among small (m, m) matrices first, and the large x is multiplied but twice.
+    Newton-Schulz steps x <- (3.4445 - 4.775 xx' + 2.0315 (xx')^2) x bring singular values to 0.7..1.2 in three steps,
+    but those that are below a fiftieth of the norm, which are only raised. Polynomials of xx' commute, so their product
+    is found among small (m, m) matrices first, and the large x is multiplied but twice.
     """
     tall = matrices.shape[-2] > matrices.shape[-1]
     x = matrices.mT if tall else matrices  # (..., m, n), m <= n
@@ -216,11 +216,11 @@ class Muon(torch.optim.Optimizer):
 
 
 class Average:
-    """A copy of a module that holds the mean of its weights, and of its statistics, over the latest steps.
+    """A copy of a module that holds a mean of its weights, and of its batch normalisation's statistics, over the steps.
 
-    The steps that count are the latest 1/16 of all so far, whenever that is (a power function: Karras et al. 2024), so
-    there is nothing to tune to the length of a training. While the rate is high the mean is far better than the weights
-    themselves; at the end, where the rate has fallen to zero, the two are alike.
+    Step t counts by t^15 (a power function: Karras et al. 2024): mostly the latest tenth of all steps so far, whenever
+    that is, so that there is nothing to tune to the length of a training. While the rate is high the mean is better
+    than the weights themselves; at the end, where the rate has fallen to zero, the two are alike.
     """
 
     def __init__(self, module, steps=0):
@@ -290,7 +290,7 @@ def stored_features(network, photos, size, precision, mirrored):
     the last layer frozen, training asks no more of a photo, in any epoch.
     """
     frozen, stored, every_label, done, started = models.fold_norms(network).features, [], [], 0, time.time()
-    batch_size = 16 if photos.device.type == "cpu" else 256  # small enough for a processor's cache
+    batch_size = 16 if photos.device.type == "cpu" else 256  # photos at once
     for x, labels in data.eval_batches(photos, size, batch_size):
         with torch.autocast(x.device.type, precision.dtype, enabled=precision.dtype is not None):
             sides = [x, x.flip(3)] if mirrored else [x]
