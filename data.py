@@ -146,8 +146,12 @@ def first_pixels(height, width):
 
 
 def from_arrays(images, labels=None):
-    """Photos of uint8 tensors or arrays (H, W, 3), of any sizes, kept in memory; label 0 unless given."""
-    images = [torch.as_tensor(image) for image in images]
+    """Photos of uint8 tensors, arrays or PIL images (H, W, 3), of any sizes, kept in memory; label 0 unless given.
+    Raises DataError: another shape or type would be read as other pixels."""
+    images = [image if torch.is_tensor(image) else torch.as_tensor(np.array(image)) for image in images]
+    for i, image in enumerate(images):
+        if image.dim() != 3 or image.shape[2] != 3 or image.dtype != torch.uint8:
+            raise DataError(f"photo {i} is {tuple(image.shape)} of {image.dtype}: give (height, width, 3) of uint8 in RGB")
     height, width = (torch.tensor([image.shape[d] for image in images]) for d in (0, 1))
     labels = torch.zeros_like(height) if labels is None else torch.as_tensor(labels)
     return Photos(torch.cat([image.reshape(-1, 3) for image in images]), first_pixels(height, width), height, width,

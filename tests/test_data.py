@@ -117,6 +117,19 @@ def test_demo_photos_keep_their_aspect(demo):
     assert photos.pixels.shape == (int((photos.height * photos.width).sum()), 3) and photos.pixels.dtype == torch.uint8
 
 
+def test_photos_in_memory_come_as_arrays_of_any_layout():
+    photo = noise(6, 4)
+    kinds = [photo, torch.from_numpy(photo), Image.fromarray(photo), photo[..., ::-1].copy()[..., ::-1]]
+    assert all(np.array_equal(image, photo) for image in data.from_arrays(kinds))
+
+
+@pytest.mark.parametrize("other", [noise(6, 4)[..., 0], np.zeros((6, 4, 4), np.uint8), noise(6, 4) / 255,
+                                   noise(6, 4).transpose(2, 0, 1)])
+def test_photos_in_memory_of_another_shape_or_type_are_refused(other):
+    with pytest.raises(data.DataError, match="photo 1 is .*uint8 in RGB"):
+        data.from_arrays([noise(6, 4), other])
+
+
 def test_subset_shares_the_pixels():
     photos = ragged()
     some = photos.subset(torch.tensor([2, 0]))
