@@ -121,12 +121,19 @@ def lightness(photo):
     return (linear @ linear.new_tensor([0.2126, 0.7152, 0.0722])) ** (1 / 3)
 
 
+def as_tensor(values):
+    """A tensor or array as a tensor on the CPU, without its gradient. An array is copied, for torch takes none that is
+    read-only, or turned round like OpenCV's photos in RGB, photo[..., ::-1]."""
+    values = values.copy() if isinstance(values, np.ndarray) else values
+    return torch.as_tensor(values).detach().cpu()
+
+
 def as_photo(photo):
     """A PIL image, or an array or tensor (H, W), (H, W, 3) or (3, H, W) of uint8 or of floats in 0..1, as a tensor
     (H, W, 3) uint8 on the CPU. Raises CamError."""
     if isinstance(photo, Image.Image):
         photo = np.array(photo.convert("RGB"))
-    photo = torch.as_tensor(photo).detach().cpu()
+    photo = as_tensor(photo)
     if photo.dim() == 2:
         photo = photo[..., None].expand(-1, -1, 3)
     elif photo.dim() == 3 and photo.shape[0] == 3 != photo.shape[2]:
@@ -141,7 +148,7 @@ def as_photo(photo):
 
 def as_map(class_map):
     """A map as float32 on the CPU, without its gradient: all that a picture needs of it."""
-    return torch.as_tensor(class_map).detach().float().cpu()
+    return as_tensor(class_map).float()
 
 
 def overlay(photo, class_map, scale):

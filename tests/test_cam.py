@@ -1145,7 +1145,8 @@ def test_snippet_for_a_network_of_torchvision_runs_with_this_file_alone(tmp_path
 def test_functions_take_photos_of_every_kind_and_maps_with_gradients():
     photo = noise_photo((40, 60))
     maps = randn(1, 3, 4).requires_grad_()
-    kinds = [photo, photo.numpy(), Image.fromarray(photo.numpy()), photo.permute(2, 0, 1), photo.float() / 255]
+    kinds = [photo, photo.numpy(), Image.fromarray(photo.numpy()), photo.permute(2, 0, 1), photo.float() / 255,
+             photo.flip(2).numpy()[..., ::-1]]  # from BGR, as OpenCV reads it
     shown = [cam.overlay(kind, maps[0], 1.0) for kind in kinds]
     pictures = [cam.compose([kind], ["a"], [cam_row(maps * 1)], dpi=40).tobytes() for kind in kinds]
     assert all(torch.equal(shown[0], other) for other in shown) and len(set(pictures)) == 1
@@ -1153,6 +1154,13 @@ def test_functions_take_photos_of_every_kind_and_maps_with_gradients():
     for bad in (torch.randn(40, 60, 3), torch.zeros(2, 3, 40, 60), torch.zeros(40, 60, 3, dtype=torch.int64)):
         with pytest.raises(cam.CamError, match="a photo is"):
             cam.as_photo(bad)
+
+
+@pytest.mark.filterwarnings("error::UserWarning")
+def test_arrays_may_be_read_only_or_turned_round():
+    photo, cells = np.asarray(Image.fromarray(noise_photo((40, 60)).numpy())), randn(3, 4).numpy()
+    expected = cam.overlay(photo.copy(), cells, 1.0)
+    assert torch.equal(cam.overlay(photo, cells[::-1].copy()[::-1], 1.0), expected)
 
 
 def test_constants_follow_the_device():
