@@ -47,6 +47,7 @@ BAR_WIDTH, BAR_HEIGHT = 84, 9  # of the colour bar
 LINE, RIM, FRAME = 0.6, 1.4, 1.2  # the line around a region, with its light rim; the frame of a mistake
 TALLEST = 200  # the height of a photo
 
+PICTURES = (".png", ".pdf")  # the suffixes of what can be written
 MOST_PHOTOS, MOST_CLASSES = 100, 50  # in a figure, in a confusion picture
 LIMITS = {"dpi": (30, 1200), "columns": (1, 10), "top": (1, 10), "count": (1, MOST_PHOTOS), "seed": (0, 2**63 - 1)}
 
@@ -481,7 +482,7 @@ def confusion_picture(matrix, classes, title, dpi=300):
 def check_picture_name(path):
     """Raise CamError, before any work, for a name under which no picture can be written."""
     path = Path(path)
-    if path.suffix.lower() not in (".png", ".pdf"):
+    if path.suffix.lower() not in PICTURES:
         raise CamError(f"{path} cannot be written: name a picture that ends in .png or .pdf")
     if path.is_dir():
         raise CamError(f"{path} is a folder: name a picture in it, {path / 'figure.png'}")
@@ -714,8 +715,9 @@ def top_classes(network, facts, photo, top, contrast):
 
 
 def explanation_names(photos, models, out):
-    """Where the picture of each of `photos`, paths, goes: `out` itself, or, without a suffix, into that folder."""
-    if Path(out).suffix:
+    """Where the picture of each of `photos`, paths, goes: `out` itself, or, where it is a folder's name, in there."""
+    suffix = Path(out).suffix.lower()
+    if suffix in PICTURES or suffix and not Path(out).is_dir():  # a folder that is there may be called photos.2026
         if len(photos) > 1:
             raise CamError(f"{out} is one picture for {len(photos)} photos: name a folder with --out")
         names = [Path(out)]

@@ -875,6 +875,13 @@ def test_explain_makes_a_folder_of_pictures_of_a_folder(call, demo, one, tmp_pat
     assert len(list((tmp_path / "new").glob("*.png"))) == len(list(folder.glob("*.JPEG"))) == 2
 
 
+def test_a_folder_that_is_there_may_have_a_dot_in_its_name(call, demo, one, tmp_path):
+    (tmp_path / "photos.2026").mkdir()
+    photo = next((demo / "val").glob("*/*.JPEG"))
+    assert call("explain", photo, "--model", one, "--dpi", 40, "--out", "photos.2026").returncode == 0
+    assert len(list((tmp_path / "photos.2026").glob("*.png"))) == 1
+
+
 def test_explain_keeps_photos_of_the_same_name_apart(call, demo, one, tmp_path):
     for i, photo in enumerate(list((demo / "val").glob("*/*.JPEG"))[:3]):
         (tmp_path / str(i)).mkdir()
