@@ -527,6 +527,16 @@ def parse_looks(texts):
     return parsed
 
 
+@torch.no_grad()
+def check_look(path, network, size):
+    """Raise CamError where the network of a checkpoint halves an image of `size` px until nothing is left of it."""
+    try:
+        network(torch.zeros(1, 3, size, size))
+    except RuntimeError as error:
+        raise CamError(f"{path} cannot look at {size} x {size} px ({str(error).splitlines()[0][:80]}): name larger "
+                       "sizes with --looks") from error
+
+
 def load_models(paths, looks=None):
     """The checkpoints of `paths`, which know the same classes, in any order: [(network, facts), ...].
 
@@ -539,6 +549,9 @@ def load_models(paths, looks=None):
         raise CamError(f"--looks has {len(looks)} lists for {len(paths)} checkpoints: give one, or one for each")
     looks = looks * len(paths) if len(looks) == 1 else looks
     loaded = [models.load(path, looks=sizes) for path, sizes in zip(paths, looks, strict=True)]
+    for path, sizes, (network, _) in zip(paths, looks, loaded, strict=True):
+        if sizes:
+            check_look(path, models.with_looks(network, [min(sizes)]), min(sizes))
     first = set(loaded[0][1]["classes"])
     for path, (_, facts) in zip(paths, loaded, strict=True):
         if missing := {"size", "settings", "accuracy", "how"} - facts.keys():

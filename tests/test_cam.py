@@ -860,6 +860,13 @@ def test_looks_are_those_of_the_command(call, demo, one, seen):
     assert refused(call("figure", "--images", photo, "--models", one, one, one, "--looks", "32", "48"), "--looks", "3")
 
 
+def test_looks_that_a_network_cannot_take_are_refused(call, demo, tmp_path):
+    network = models.build("densenet121")
+    models.save(tmp_path / "dense.pt", network, **facts_of(arch="densenet121"))
+    photo = next((demo / "val").glob("*/*.JPEG"))
+    assert refused(call("explain", photo, "--model", "dense.pt", "--looks", "16,64"), "dense.pt", "16 x 16", "--looks")
+
+
 def test_caption_of_a_network_says_only_what_is_known():
     facts = facts_of(accuracy=0.8751, accuracy_n=3925)
     assert cam.describe(facts) == f"cnn, trained from scratch, at {SIZE} px: 87.5% of 3,925 val photos right"
