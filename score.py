@@ -703,9 +703,14 @@ def write_results(out, results, networks, notes, run, pictures):
 
 def main(arguments=None):
     """The command line: the scores of trained networks, as one table."""
-    import cam
-    import data
-    import models
+    try:
+        import cam
+        import data
+        import models
+    except ModuleNotFoundError as error:
+        print(f"score.py: {error.name}.py is missing: the command needs cam.py, data.py and models.py beside score.py, "
+              "whose functions alone work without", file=sys.stderr)
+        sys.exit(2)
 
     parser = argparse.ArgumentParser(description="Accuracy, faithfulness and localisation of trained networks.",
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)

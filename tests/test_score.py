@@ -681,6 +681,8 @@ def test_works_alone(tmp_path):
             "print(score.pointing_game(maps, boxes).item())")
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
     assert done.stdout.strip() == "0.5", done.stderr
+    done = subprocess.run([sys.executable, "score.py", "best.pt"], cwd=tmp_path, capture_output=True, text=True)
+    assert refused(done, "cam.py")
 
 
 # ---------------------------------------------------------------- the command
