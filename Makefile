@@ -6,8 +6,14 @@ ARCH    ?= resnet18
 RUNS    ?= runs
 FIGURES ?= figures
 
+# A shell that leaves ~ in NAME=~/folder as it is (zsh, dash) would have it made here, as a folder called ~.
+home = $(if $(filter ~/%,$(firstword $(1))),$(subst ~/,$(HOME)/,$(1)),$(1))
+override RUNS := $(call home,$(RUNS))
+override FIGURES := $(call home,$(FIGURES))
+override WEIGHTS := $(call home,$(WEIGHTS))
+
 ifdef PYTHON
-override PYTHON := $(PYTHON:~/%=$(HOME)/%)
+override PYTHON := $(call home,$(PYTHON))
 ENV := python
 DEV := python-dev
 else

@@ -62,6 +62,20 @@ def test_names_with_spaces_stay_one_word_in_every_command(make):
         "<tests/bench_accuracy.py><--data><my photos><--run><old runs/cnn><--out><my figures/bench-accuracy.json>")
 
 
+def test_a_tilde_that_the_shell_leaves_is_the_home_folder(make, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    tilde = ["RUNS=~/my  runs", "FIGURES=~/figures", "WEIGHTS=~/weights.pth"]
+    runs = tmp_path / "home" / "my  runs"
+    for name in ("resnet18", "cnn"):
+        (runs / name).mkdir(parents=True)
+        (runs / name / "result.json").touch()
+    _, figure = make("figure", *tilde)
+    assert f"<--models><{runs}/resnet18/best.pt><{runs}/cnn/best.pt><--out><{tmp_path}/home/figures/" in figure
+    assert f"<--weights><{tmp_path}/home/weights.pth>" in make("finetune", *tilde)[1]
+    make("clean-runs", *tilde)
+    assert not runs.exists()
+
+
 def test_figure_makes_what_is_missing_and_no_more(make, tmp_path):
     scripts = [line.split(">")[0] + ">" for line in make("figure")]
     assert scripts == ["<data.py>", "<data.py>", "<train.py>", "<data.py>", "<train.py>", "<cam.py>"]
