@@ -468,6 +468,8 @@ def prepare_photos(recipe, source, skip_bad, few, device):
         if RANK == 0 and (count := data.shared(photos, val)):
             print(f"{folder}: {count:,} of {len(val):,} val photos are in train too, byte for byte: their accuracy "
                   "is that of photos learnt by heart", file=sys.stderr)
+    if recipe.plain_crop:  # photos that are too small are refused now, not in the middle of an epoch
+        data.plain_boxes(photos, torch.arange(len(photos)), recipe.crop, torch.Generator())
     seeded = torch.Generator().manual_seed(0)
     photos, val = (p.subset(torch.randperm(len(p), generator=seeded)[:few]) if few else p for p in (photos, val))
     return photos, val

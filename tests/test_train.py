@@ -1041,6 +1041,15 @@ def test_a_batch_that_batch_normalisation_cannot_take_is_refused_before_anything
     assert refused(result, "--batch-size", "--crop") and not (tmp_path / "runs").exists()
 
 
+def test_a_photo_too_small_for_plain_crops_is_refused_before_anything(call, demo, tmp_path):
+    photos = shutil.copytree(demo, tmp_path / "photos", ignore=shutil.ignore_patterns("*.pixels", "*.lock"))
+    path = next((photos / "train").rglob("*.JPEG"))
+    Image.open(path).resize((20, 10)).save(path)
+    more = ["--weights", "none", "--unfreeze", "--plain-crop", "--crop", 64]
+    assert refused(call(*arguments(photos, "runs", *more, arch=SMALL)), path.name, "20 x 10", "--crop")
+    assert not (tmp_path / "runs").exists()
+
+
 def test_processes_of_torchrun_are_on_devices_that_can_add_up(monkeypatch):
     monkeypatch.setattr(train, "WORLD", 2)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
