@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -721,6 +722,12 @@ def test_terminated_and_killed_a_process_goes_on_by_the_same_command(trained, de
 
     training(demo, tmp_path)
     assert same_run(tmp_path / "cnn", trained)
+
+
+def test_an_epoch_may_take_less_than_a_tick_of_the_clock(demo, tmp_path, monkeypatch):
+    monkeypatch.setattr(time, "time", lambda: 1e9)  # that of Windows ticks 64 times a second
+    training(demo, tmp_path, "--weights", "none", arch=SMALL, epochs=1)
+    assert len(log(tmp_path / SMALL)) == 1
 
 
 def test_a_finished_run_does_nothing_and_says_so(trained, demo, tmp_path, call, monkeypatch):
