@@ -151,7 +151,7 @@ def from_arrays(images, labels=None):
     images = [image if torch.is_tensor(image) else torch.as_tensor(np.array(image)) for image in images]
     for i, image in enumerate(images):
         if image.dim() != 3 or image.shape[2] != 3 or image.dtype != torch.uint8:
-            raise DataError(f"photo {i} is {tuple(image.shape)} of {image.dtype}: give (height, width, 3) of uint8 in RGB")
+            raise DataError(f"photo {i} is {tuple(image.shape)} of {image.dtype}: give (H, W, 3) of uint8 in RGB")
     height, width = (torch.tensor([image.shape[d] for image in images]) for d in (0, 1))
     labels = torch.zeros_like(height) if labels is None else torch.as_tensor(labels)
     return Photos(torch.cat([image.reshape(-1, 3) for image in images]), first_pixels(height, width), height, width,
