@@ -472,7 +472,7 @@ def load(folder, split, skip_bad=False, side=None):
     folder, packed = Path(folder), pixels_path(folder, split)
     photos, classes, _ = check(folder)
     statuses = [os.stat(path) for path in photos[split]]
-    files = [(path[len(str(folder)) :], status.st_size, status.st_mtime_ns)
+    files = [(f"{os.sep}{Path(path).relative_to(folder)}", status.st_size, status.st_mtime_ns)
              for path, status in zip(photos[split], statuses, strict=True)]
     key = hashlib.sha256(repr([classes, files]).encode()).hexdigest()
     with lock(packed):
