@@ -906,10 +906,10 @@ def test_looks_are_what_is_scored(command, networks, demo, tmp_path):
 
 
 def test_random_networks_differ_and_look_as_the_network_does():
-    facts = {"arch": "cnn", "classes": list("ab"), "looks": [32, 64]}
+    facts = {"arch": "cnn", "classes": list("ab"), "looks": [32, 64], "width": 8}
     one, again, other = (score.random_network(facts, seed) for seed in (0, 0, 1))
     assert torch.equal(one.head.weight, again.head.weight) and not torch.equal(one.head.weight, other.head.weight)
-    assert isinstance(one.features, models.Looks)
+    assert isinstance(one.features, models.Looks) and one.head.weight.shape == (2, 16)  # as wide as the network
 
 
 def test_batches_of_any_size_say_which_photos_they_are(monkeypatch):
