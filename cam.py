@@ -532,7 +532,7 @@ def load_models(paths, looks=None):
     looks = looks * len(paths) if len(looks) == 1 else looks
     loaded = [models.load(path, looks=sizes) for path, sizes in zip(paths, looks, strict=True)]
     first = set(loaded[0][1]["classes"])
-    for path, (_, facts) in zip(paths, loaded, strict=True):
+    for path, (network, facts) in zip(paths, loaded, strict=True):
         if missing := {"size", "settings", "accuracy", "how"} - facts.keys():
             raise CamError(f"{path} does not say its {min(missing)}: use a checkpoint of train.py (runs/*/best.pt)")
         own = set(facts["classes"])
@@ -540,6 +540,11 @@ def load_models(paths, looks=None):
             lacks, has = (", ".join(sorted(names)[:3]) or "none" for names in (first - own, own - first))
             raise CamError(f"{path} knows other classes than {paths[0]} (without {lacks}, ..., but with {has}, ...): "
                            "compare networks of the same classes")
+        smallest = min(facts["looks"])
+        try:
+            models.with_looks(network, [smallest])(torch.zeros(1, 3, smallest, smallest))
+        except RuntimeError as error:  # it halves photos so often that nothing is left
+            raise CamError(f"{facts['arch']} cannot look at {smallest} px: use larger --looks") from error
     return loaded
 
 

@@ -860,6 +860,13 @@ def test_looks_are_those_of_the_command(call, demo, one, seen):
     assert refused(call("figure", "--images", photo, "--models", one, one, one, "--looks", "32", "48"), "--looks", "3")
 
 
+def test_looks_that_leave_a_network_no_cell_are_refused(call, demo, tmp_path):
+    path, photo = tmp_path / "best.pt", next((demo / "val").glob("*/*.JPEG"))
+    models.save(path, models.build("densenet121"), **facts_of(arch="densenet121"))  # halves a photo five times
+    assert refused(call("explain", photo, "--model", path, "--looks", "16,64"), "densenet121", "16 px", "--looks")
+    assert not (tmp_path / "figures").exists()
+
+
 def test_caption_of_a_network_says_only_what_is_known():
     facts = facts_of(accuracy=0.8751, accuracy_n=3925)
     assert cam.describe(facts) == f"cnn, trained from scratch, at {SIZE} px: 87.5% of 3,925 val photos right"
