@@ -646,6 +646,15 @@ def test_holdout_is_taken_from_train_and_val_stays_unseen(demo, monkeypatch):
         assert [wnids.index(name.split("/")[0]) for name in photos.names] == photos.labels.tolist()
 
 
+def test_a_checkpoint_says_what_its_accuracy_was_measured_on(trained, demo, tmp_path):
+    training(demo, tmp_path, "--holdout", 0.25, epochs=1)
+    for folder, measured in ((trained, ("val", 20)), (tmp_path / "cnn", ("held-out train", 15))):
+        _, facts = models.load(folder / "best.pt")
+        result = json.loads((folder / "result.json").read_text())
+        assert (facts["accuracy_on"], facts["accuracy_n"]) == measured
+        assert (result["accuracy_on"], result["accuracy_n"]) == measured
+
+
 def test_without_holdout_it_validates_on_val(demo):
     recipe, _ = train.parse_arguments(arguments(demo, "runs"))
     photos, val = train.prepare_photos(recipe, demo, False, None, CPU)
