@@ -835,6 +835,11 @@ def main(arguments=None):
     except (CamError, data.DataError, models.ModelError, OSError) as error:
         print(f"cam.py: {error}", file=sys.stderr)
         sys.exit(2)
+    except RuntimeError as error:
+        if not models.out_of_memory(error):
+            raise
+        print(f"cam.py: not enough memory ({str(error).splitlines()[0][:100]}): use smaller --looks", file=sys.stderr)
+        sys.exit(2)
 
 
 if __name__ == "__main__":

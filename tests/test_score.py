@@ -839,6 +839,15 @@ def test_ctrl_c_is_a_sentence(command, networks, demo, tmp_path, monkeypatch):
     assert status == 130 and "score.py: stopped" in err.splitlines()[-1] and not list(tmp_path.iterdir())
 
 
+def test_too_little_memory_is_a_sentence(command, networks, demo, tmp_path, monkeypatch):
+    def full(*_):
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 1688 bytes.")
+
+    monkeypatch.setattr(score, "score_network", full)
+    status, _, err = command(networks[0], "--data", demo, "--out", tmp_path / "t")
+    assert status == 2 and "memory" in err.splitlines()[-1] and "--looks" in err.splitlines()[-1]
+
+
 def boxes_of(demo, folder, letter):
     """A folder with the boxes of the demo's photos of one split: letter "v" or "t"."""
     folder.mkdir()
