@@ -1059,6 +1059,24 @@ def test_processes_of_torchrun_are_on_devices_that_can_add_up(monkeypatch):
         train.choose_device("cuda:0")
 
 
+@pytest.mark.parametrize(("nccl", "backend"), [(True, "nccl"), (False, "gloo")])  # Windows has no NCCL
+def test_processes_on_gpus_add_up_with_what_there_is(demo, monkeypatch, nccl, backend):
+    class Begun(Exception):
+        pass
+
+    def begin(name):
+        raise Begun(name)
+
+    monkeypatch.setattr(train, "WORLD", 2)
+    monkeypatch.setattr(train, "choose_device", lambda name: torch.device("cuda"))
+    monkeypatch.setattr(train, "choose_precision", lambda device: FLOAT32)
+    monkeypatch.setattr(torch, "set_float32_matmul_precision", lambda name: None)
+    monkeypatch.setattr(torch.distributed, "is_nccl_available", lambda: nccl)
+    monkeypatch.setattr(torch.distributed, "init_process_group", begin)
+    with pytest.raises(Begun, match=backend):
+        training(demo, "runs")
+
+
 def test_help_shows_every_default(call):
     text = " ".join(call("--help").stdout.split())
     assert call("--help").returncode == 0
