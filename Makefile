@@ -60,9 +60,10 @@ train-cnn: data  ## the CNN from scratch: 64 x 64 crops, 100 epochs, best kept
 finetune: data  ## ARCH (resnet18), ImageNet weights, all frozen but the last layer, 5 epochs
 	"$(PYTHON)" train.py "$(ARCH)" $(TRAIN) $(TUNE)
 
+# +: make does not see by itself that these lines call it, and would warn under -j and leave them out under -n.
 networks: data
-	@$(if $(filter cnn,$(ARCH)),,$(call trained,$(ARCH),finetune))
-	@$(call trained,cnn,train-cnn)
+	+@$(if $(filter cnn,$(ARCH)),,$(call trained,$(ARCH),finetune))
+	+@$(call trained,cnn,train-cnn)
 
 figure: networks  ## ten photos and the maps of both networks
 	"$(PYTHON)" cam.py figure $(SOURCE) --models $(NETWORKS) --out "$(FIGURES)/figure.png"

@@ -527,16 +527,6 @@ def parse_looks(texts):
     return parsed
 
 
-@torch.no_grad()
-def check_look(path, network, size):
-    """Raise CamError where the network of a checkpoint halves an image of `size` px until nothing is left of it."""
-    try:
-        network(torch.zeros(1, 3, size, size))
-    except RuntimeError as error:
-        raise CamError(f"{path} cannot look at {size} x {size} px ({str(error).splitlines()[0][:80]}): name larger "
-                       "sizes with --looks") from error
-
-
 def load_models(paths, looks=None):
     """The checkpoints of `paths`, which know the same classes, in any order: [(network, facts), ...].
 
@@ -549,11 +539,8 @@ def load_models(paths, looks=None):
         raise CamError(f"--looks has {len(looks)} lists for {len(paths)} checkpoints: give one, or one for each")
     looks = looks * len(paths) if len(looks) == 1 else looks
     loaded = [models.load(path, looks=sizes) for path, sizes in zip(paths, looks, strict=True)]
-    for path, sizes, (network, _) in zip(paths, looks, loaded, strict=True):
-        if sizes:
-            check_look(path, models.with_looks(network, [min(sizes)]), min(sizes))
     first = set(loaded[0][1]["classes"])
-    for path, (_, facts) in zip(paths, loaded, strict=True):
+    for path, (network, facts) in zip(paths, loaded, strict=True):
         if missing := {"size", "settings", "accuracy", "how"} - facts.keys():
             raise CamError(f"{path} does not say its {min(missing)}: use a checkpoint of train.py (runs/*/best.pt)")
         own = set(facts["classes"])
@@ -561,6 +548,12 @@ def load_models(paths, looks=None):
             lacks, has = (", ".join(sorted(names)[:3]) or "none" for names in (first - own, own - first))
             raise CamError(f"{path} knows other classes than {paths[0]} (without {lacks}, ..., but with {has}, ...): "
                            "compare networks of the same classes")
+        smallest = min(facts["looks"])
+        try:
+            with torch.no_grad():
+                models.with_looks(network, [smallest])(torch.zeros(1, 3, smallest, smallest))
+        except RuntimeError as error:  # it halves photos so often that nothing is left
+            raise CamError(f"{path} cannot look at {smallest} x {smallest} px: name larger sizes with --looks") from error
     return loaded
 
 
@@ -851,6 +844,11 @@ def main(arguments=None):
         sys.exit(2)
     except (CamError, data.DataError, models.ModelError, OSError) as error:
         print(f"cam.py: {error}", file=sys.stderr)
+        sys.exit(2)
+    except RuntimeError as error:
+        if not models.out_of_memory(error):
+            raise
+        print(f"cam.py: not enough memory ({str(error).splitlines()[0][:100]}): use smaller --looks", file=sys.stderr)
         sys.exit(2)
 
 

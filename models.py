@@ -272,6 +272,11 @@ def keep_memory():
         libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
 
+def out_of_memory(error):
+    """Whether a RuntimeError says that memory ran out; torch has a type of its own for that on CUDA alone."""
+    return any(text in str(error) for text in ("out of memory", "can't allocate memory", "not enough memory"))
+
+
 def machine():
     """Where and with what a number was measured, in plain types: processor, cores, memory (GiB), versions, and the
     commit of this folder, with a + where files have been changed since; what cannot be found out is None."""

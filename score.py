@@ -736,6 +736,11 @@ def main(arguments=None):
     except (ScoreError, cam.CamError, data.DataError, models.ModelError, OSError) as error:
         print(f"score.py: {error}", file=sys.stderr)
         sys.exit(2)
+    except RuntimeError as error:
+        if not models.out_of_memory(error):
+            raise
+        print(f"score.py: not enough memory ({str(error).splitlines()[0][:100]}): use smaller --looks", file=sys.stderr)
+        sys.exit(2)
 
 
 if __name__ == "__main__":

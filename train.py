@@ -733,8 +733,8 @@ def main():
     except (TrainError, data.DataError, models.ModelError, OSError) as error:
         print(f"train.py: {error}", file=sys.stderr)
         sys.exit(2)
-    except RuntimeError as error:  # torch has a type of its own for running out of memory on CUDA alone
-        if not any(text in str(error) for text in ("out of memory", "can't allocate memory", "not enough memory")):
+    except RuntimeError as error:
+        if not models.out_of_memory(error):
             raise
         print(f"train.py: not enough memory ({str(error).splitlines()[0][:100]}): use a smaller --batch-size than "
               f"{recipe.batch_size}, or a smaller --crop or --size", file=sys.stderr)

@@ -1000,6 +1000,17 @@ def test_interrupt_ends_in_a_sentence(call, demo, one, monkeypatch):
     assert result.returncode == 130 and "interrupted" in result.stderr and result.stderr.count("cam.py: ") == 1
 
 
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("not enough memory")])
+@pytest.mark.parametrize("command", ["figure", "gallery"])
+def test_too_little_memory_ends_in_a_sentence(call, demo, one, monkeypatch, command, error):
+    def full(*_):
+        raise error
+
+    monkeypatch.setattr(data, "eval_batches", full)
+    model = {"figure": "--models", "gallery": "--model"}[command]
+    assert refused(call(command, model, one, "--data", demo), "memory", "--looks")
+
+
 def test_names_that_the_terminal_cannot_show_are_written_in_other_letters(run, demo, tmp_path, one):
     shutil.copy(next((demo / "val").glob("*/*.JPEG")), tmp_path / "\U0001f41f.jpg")
     what = ["cam.py", "explain", "\U0001f41f.jpg", "--model", one, "--dpi", 40]

@@ -87,6 +87,14 @@ def test_figure_makes_what_is_missing_and_no_more(make, tmp_path):
     assert [line.split(">")[1] for line in make("score") if "<train.py>" in line] == ["<cnn"]
 
 
+def test_side_by_side_everything_is_still_made_in_order_and_without_a_warning(make, tmp_path):
+    command = ["make", "-j2", "figure", f"PYTHON={tmp_path / 'python'}"]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert (result.returncode, result.stderr) == (0, "")
+    lines = (tmp_path / "words.txt").read_text().splitlines()
+    assert [line.split(">")[0] for line in lines if "<data.py>" not in line] == ["<train.py", "<train.py", "<cam.py"]
+
+
 def test_the_cnn_alone_is_drawn_once(make):
     (line,) = [line for line in make("figure", "ARCH=cnn") if "<cam.py>" in line]
     assert line.count("best.pt") == 1

@@ -841,6 +841,15 @@ def test_ctrl_c_is_a_sentence(command, networks, demo, tmp_path, monkeypatch):
     assert status == 130 and "score.py: stopped" in err.splitlines()[-1] and not list(tmp_path.iterdir())
 
 
+def test_too_little_memory_is_a_sentence(command, networks, demo, tmp_path, monkeypatch):
+    def full(*_):
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 1688 bytes.")
+
+    monkeypatch.setattr(score, "score_network", full)
+    status, _, err = command(networks[0], "--data", demo, "--out", tmp_path / "t")
+    assert status == 2 and "memory" in err.splitlines()[-1] and "--looks" in err.splitlines()[-1]
+
+
 def boxes_of(demo, folder, letter):
     """A folder with the boxes of the demo's photos of one split: letter "v" or "t"."""
     folder.mkdir()
@@ -908,10 +917,10 @@ def test_looks_are_what_is_scored(command, networks, demo, tmp_path):
 
 
 def test_random_networks_differ_and_look_as_the_network_does():
-    facts = {"arch": "cnn", "classes": list("ab"), "looks": [32, 64]}
+    facts = {"arch": "cnn", "classes": list("ab"), "looks": [32, 64], "width": 8}
     one, again, other = (score.random_network(facts, seed) for seed in (0, 0, 1))
     assert torch.equal(one.head.weight, again.head.weight) and not torch.equal(one.head.weight, other.head.weight)
-    assert isinstance(one.features, models.Looks)
+    assert isinstance(one.features, models.Looks) and one.head.weight.shape == (2, 16)  # as wide as the network
 
 
 def test_batches_of_any_size_say_which_photos_they_are(monkeypatch):

@@ -647,6 +647,15 @@ def test_holdout_is_taken_from_train_and_val_stays_unseen(demo, monkeypatch):
         assert [wnids.index(name.split("/")[0]) for name in photos.names] == photos.labels.tolist()
 
 
+def test_a_checkpoint_says_what_its_accuracy_was_measured_on(trained, demo, tmp_path):
+    training(demo, tmp_path, "--holdout", 0.25, epochs=1)
+    for folder, measured in ((trained, ("val", 20)), (tmp_path / "cnn", ("held-out train", 15))):
+        _, facts = models.load(folder / "best.pt")
+        result = json.loads((folder / "result.json").read_text())
+        assert (facts["accuracy_on"], facts["accuracy_n"]) == measured
+        assert (result["accuracy_on"], result["accuracy_n"]) == measured
+
+
 def test_without_holdout_it_validates_on_val(demo):
     recipe, _ = train.parse_arguments(arguments(demo, "runs"))
     photos, val = train.prepare_photos(recipe, demo, False, None, CPU)
@@ -1064,6 +1073,24 @@ def test_processes_of_torchrun_are_on_devices_that_can_add_up(monkeypatch):
     assert train.choose_device("auto") == CPU
     with pytest.raises(train.TrainError, match="--device cuda"):
         train.choose_device("cuda:0")
+
+
+@pytest.mark.parametrize(("nccl", "backend"), [(True, "nccl"), (False, "gloo")])  # Windows has no NCCL
+def test_processes_on_gpus_add_up_with_what_there_is(demo, monkeypatch, nccl, backend):
+    class Begun(Exception):
+        pass
+
+    def begin(name):
+        raise Begun(name)
+
+    monkeypatch.setattr(train, "WORLD", 2)
+    monkeypatch.setattr(train, "choose_device", lambda name: torch.device("cuda"))
+    monkeypatch.setattr(train, "choose_precision", lambda device: FLOAT32)
+    monkeypatch.setattr(torch, "set_float32_matmul_precision", lambda name: None)
+    monkeypatch.setattr(torch.distributed, "is_nccl_available", lambda: nccl)
+    monkeypatch.setattr(torch.distributed, "init_process_group", begin)
+    with pytest.raises(Begun, match=backend):
+        training(demo, "runs")
 
 
 def test_help_shows_every_default(call):
