@@ -10,15 +10,16 @@ In code, for a network that is features -> global average pooling -> one linear 
     maps = cam.class_activation_maps(features, network.head.weight) # (N, K, h, w), in logits
     pixels = cam.upsample(maps[:, 3], (160, 160))                   # (N, 160, 160)
 
-The mean of a class's map plus its bias *is* its logit, so a cell of the map says how much that place added to
-the class's score (orange in the pictures) or took from it (blue). Copy this file alone and its functions work, on
-maps of any device, with or without gradients; the commands want data.py and models.py beside it.
+The mean of a class's map plus its bias *is* its logit, so a cell of the map, divided by the number of cells, is what
+that place adds to the class's score (orange in the pictures) or takes from it (blue). Copy this file alone and its
+functions work, on maps of any device, with or without gradients; the commands want data.py and models.py beside it.
 """
 
 import argparse
 import glob
 import math
 import os
+import re
 import sys
 import textwrap
 import unicodedata
@@ -553,7 +554,7 @@ def load_models(paths, looks=None):
             with torch.no_grad():
                 models.with_looks(network, [smallest])(torch.zeros(1, 3, smallest, smallest))
         except RuntimeError as error:  # it halves photos so often that nothing is left
-            raise CamError(f"{path} cannot look at {smallest} x {smallest} px: name larger sizes with --looks") from error
+            raise CamError(f"{path} cannot look at {smallest} x {smallest} px: name larger --looks") from error
     return loaded
 
 
@@ -720,16 +721,17 @@ def top_classes(network, facts, photo, top, contrast):
     return Row(describe(facts), shown, captions)
 
 
-def explanation_names(photos, models, out):
-    """Where the picture of each of `photos`, paths, goes: `out` itself, or, where it is a folder's name, in there."""
+def explanation_names(photos, models, more, out):
+    """Where the picture of each of `photos`, paths, goes: `out` itself, or, where it is a folder's name, in there,
+    named after the photo, the runs of `models` and the words `more`."""
     suffix = Path(out).suffix.lower()
     if suffix in PICTURES or suffix and not Path(out).is_dir():  # a folder that is there may be called photos.2026
         if len(photos) > 1:
             raise CamError(f"{out} is one picture for {len(photos)} photos: name a folder with --out")
         names = [Path(out)]
     else:
-        runs = "-".join(Path(model).resolve().parent.name for model in models)
-        stems = [f"{photo.stem[:100]}-{runs}" for photo in photos]
+        shown = "-".join([*(Path(model).resolve().parent.name for model in models), *more])
+        stems = [f"{photo.stem[:100]}-{shown}" for photo in photos]
         numbers = [stems[:i].count(stem) + 1 for i, stem in enumerate(stems)]  # of the same name in several folders
         names = [Path(out, f"{stem}-{number}.png" if number > 1 else f"{stem}.png")
                  for stem, number in zip(stems, numbers, strict=True)]
@@ -745,7 +747,7 @@ def explain(photos, models, looks, top, contrast, scale, dpi, out):
     if not photos:
         raise CamError("explain needs a photo: python cam.py explain photo.jpg")
     paths, models = photo_files(photos), models or ["runs/cnn/best.pt"]
-    names = explanation_names(paths, models, out)
+    names = explanation_names(paths, models, [re.sub(r"\W+", "-", name) for name in contrast or ()], out)
     loaded = load_models(models, parse_looks(looks))
     if contrast and len(set(check_classes(contrast, loaded[0][1]["classes"]))) == 1:
         raise CamError(f"--contrast {contrast[0]} with itself shows nothing: name two classes")
@@ -756,7 +758,9 @@ def explain(photos, models, looks, top, contrast, scale, dpi, out):
             original = None if block else Tile(photo, printable(path.stem))
             tiles = map_tiles([photo] * len(row.captions), row, scale)
             block.append(Strip([original, *tiles], row.label, text_above=True))
-        finish(draw_page([block], "", dpi), name, f"Class activation maps, in logits, of {path.name}", loaded)
+        legend = f"Last map: orange speaks for {contrast[0]}, blue for {contrast[1]}." if contrast else ""
+        page = draw_page([block], printable(legend), dpi)
+        finish(page, name, f"Class activation maps, in logits, of {path.name}", loaded)
 
 
 @torch.no_grad()
@@ -792,7 +796,7 @@ def parse_command_line(arguments):
     def add_command(run, about, out):
         command = commands.add_parser(run.__name__, help=about, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
         command.set_defaults(run=run)
-        command.add_argument("--out", default=out, help="the picture, .png or .pdf")
+        command.add_argument("--out", default=out, help="the picture, .png or .pdf; for explain a folder too")
         command.add_argument("--dpi", type=int, default=300, help="pixels of an inch; a picture is 16 cm wide")
         command.add_argument("--scale", choices=("row", "photo"), default="row", help="of a row's maps, or of each map")
         add_looks_option(command)

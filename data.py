@@ -3,7 +3,7 @@
     python data.py                              ImageNette-160: download (99 MB), unpack, decode
     python data.py path/to/folder               a folder of class folders, see `check`
     python data.py path/to/archive              the same as a .tgz, .tar or .zip
-    python data.py path/to/folder --side 320    stored with a shortest side of 320 px, not 256
+    python data.py path/to/folder --side 320    stored with a shortest side of 320 px at most, not 256
 
 In code:
 
@@ -65,7 +65,7 @@ WORDS = CLASSES | {  # and Imagewoof's; all others are shown by their folder's n
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, RGB in 0..1
 CROP_AREA, CROP_RATIO = (0.35, 1.0), 4 / 3  # share of a photo that a random resized crop shows; its longest shape
 MAX_BATCH = 2**25  # pixels that are resampled at a time, padding included: 0.4 GB in float32
-SUFFIXES = {".jpeg", ".jpg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm"}
+SUFFIXES = {".jpeg", ".jpg", ".jfif", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm"}
 FORMATS = ("JPEG", "PNG", "BMP", "GIF", "TIFF", "WEBP", "PPM")  # Pillow gives PostScript to Ghostscript, to be run
 UNREAD = {".heic", ".heif", ".avif", ".jxl", ".jp2", ".dng", ".cr2", ".cr3", ".nef", ".arw"}  # photos, but not for us
 SHORT_SIDE = 256  # px, the shortest side that larger photos are reduced to
