@@ -63,7 +63,8 @@ WORDS = CLASSES | {  # and Imagewoof's; all others are shown by their folder's n
     "n02105641": "Old English sheepdog", "n02111889": "Samoyed", "n02115641": "dingo",
 }
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, RGB in 0..1
-CROP_AREA, CROP_RATIO = (0.35, 1.0), 4 / 3  # share of a photo that a random resized crop shows; its longest shape
+CROP_AREA, CROP_RATIO = 0.25, 4 / 3  # of random resized crops: the least share of a photo in one; the longest shape
+COLOURS = 0.3  # how far `random_colours` goes
 MAX_BATCH = 2**25  # pixels that are resampled at a time, padding included: 0.4 GB in float32
 SUFFIXES = {".jpeg", ".jpg", ".jfif", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm"}
 FORMATS = ("JPEG", "PNG", "BMP", "GIF", "TIFF", "WEBP", "PPM")  # Pillow gives PostScript to Ghostscript, to be run
@@ -233,14 +234,27 @@ def resample(photos, index, boxes, size, flip=None, dtype=torch.float32):
 
 
 def random_boxes(photos, index, generator, area=CROP_AREA):
-    """Random resized crops (Szegedy et al. 2015): boxes (B, 4) of a share `area` of each photo, width : height
+    """Random resized crops (Szegedy et al. 2015): boxes (B, 4) of a share `area` to 1 of each photo, width : height
     between 1/CROP_RATIO and CROP_RATIO, anywhere in it; a box that would be wider or higher than it is cut to fit."""
     height, width = photos.height[index].float(), photos.width[index].float()
     u, v, y, x = torch.rand(4, len(index), generator=generator)
-    pixels = (area[0] + (area[1] - area[0]) * u) * height * width
+    pixels = (area + (1 - area) * u) * height * width
     aspect = CROP_RATIO ** (2 * v - 1)
     h, w = torch.minimum((pixels / aspect).sqrt(), height), torch.minimum((pixels * aspect).sqrt(), width)
     return torch.stack([y * (height - h), x * (width - w), h, w], 1)
+
+
+def random_colours(count, generator):
+    """For `recolour`, (count, 3) float32: how much more saturation, contrast and brightness, each up to COLOURS."""
+    return COLOURS * (2 * torch.rand(count, 3, generator=generator) - 1)
+
+
+def recolour(images, colours):
+    """Normalised images (B, 3, H, W) as in another light: colours (B, 3) says how much more saturation and contrast
+    each has, as shares of its own, and how much more brightness, in standard deviations of the data."""
+    saturation, contrast, brightness = send(colours.to(images.dtype), images.device).T[:, :, None, None, None]
+    grey = images.mean(1, keepdim=True)
+    return (images + saturation * (images - grey)) * (1 + contrast) + brightness
 
 
 def plain_boxes(photos, index, size, generator):
@@ -266,18 +280,22 @@ def shuffled(count, batch_size, generator):
     return batches
 
 
-def train_batches(photos, size, batch_size, generator, plain=False, part=(0, 1), dtype=torch.float32):
-    """One epoch: every photo once, shuffled, randomly cropped and mirrored; yields (images, labels).
+def train_batches(photos, size, batch_size, generator, area=CROP_AREA, plain=False, part=(0, 1),
+                  dtype=torch.float32):
+    """One epoch: every photo once, shuffled, randomly cropped, mirrored and coloured; yields (images, labels).
 
-    images: (B, 3, size, size) `dtype`, normalised; labels: (B,) int64, both on `photos.device`. plain: a
-    size x size piece of the photo as it is, instead of a random resized crop. The generator (on the CPU)
-    decides everything. part (i, n): only the i-th of n parts of every batch, for n processes side by side.
+    images: (B, 3, size, size) `dtype`, normalised; labels: (B,) int64, both on `photos.device`. area: the least share
+    of a photo in a crop. plain: a size x size piece of the photo as it is, mirrored or not, instead of a random resized
+    crop in random colours. The generator (on the CPU) decides everything. part (i, n): only the i-th of n parts of
+    every batch, for n processes side by side.
     """
     for index in shuffled(len(photos), batch_size, generator):
-        boxes = plain_boxes(photos, index, size, generator) if plain else random_boxes(photos, index, generator)
+        boxes = plain_boxes(photos, index, size, generator) if plain else random_boxes(photos, index, generator, area)
         flip = torch.rand(len(index), generator=generator) < 0.5
-        index, boxes, flip = (t[part[0] :: part[1]] for t in (index, boxes, flip))
-        yield resample(photos, index, boxes, size, flip, dtype), send(photos.labels[index], photos.device)
+        colours = random_colours(len(index), generator)
+        index, boxes, flip, colours = (t[part[0] :: part[1]] for t in (index, boxes, flip, colours))
+        images = resample(photos, index, boxes, size, flip, dtype)
+        yield images if plain else recolour(images, colours), send(photos.labels[index], photos.device)
 
 
 def eval_batches(photos, size, batch_size):

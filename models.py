@@ -240,8 +240,8 @@ def load_torchvision_state(network, state, source, arch):
 
 
 def fold_norms(network):
-    """A copy for inference in which every BatchNorm is folded into the convolution before it: about 1.3 times as
-    fast and equal up to rounding. An unfolded copy where folding would change what it computes."""
+    """A copy for inference in which every BatchNorm is folded into the convolution before it: faster, and equal up to
+    rounding. An unfolded copy where folding would change what it computes."""
 
     def fold(module):
         """Fold in place, in `module` and all below it; children stand in the order of their use."""
@@ -264,8 +264,8 @@ def fold_norms(network):
 
 
 def keep_memory():
-    """Let glibc keep freed memory for the next tensor, instead of asking the kernel for every large one page by page;
-    passes of large images through a network are much faster on a CPU. Nothing where there is no glibc."""
+    """Let glibc keep freed memory for the next tensor, instead of asking the kernel for every large one page by page,
+    which costs passes of large images on a CPU dearly. Nothing where there is no glibc."""
     if platform.libc_ver()[0] == "glibc":
         libc, M_TRIM_THRESHOLD, M_MMAP_MAX = ctypes.CDLL(None), -1, -4
         libc.mallopt(M_MMAP_MAX, 0)

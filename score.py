@@ -260,7 +260,7 @@ def component_boxes(masks):
     are in order, these follow one another. Each run is labelled with the first run that it is connected to.
     """
     height, stride = masks.shape[1] + 1, masks.shape[2] + 1
-    line = F.pad(masks, (1, 0, 0, 1)).flatten().cpu().numpy()  # NumPy finds the few changes ten times as fast
+    line = F.pad(masks, (1, 0, 0, 1)).flatten().cpu().numpy()  # NumPy finds changes faster
     changes = torch.from_numpy((line[1:] != line[:-1]).nonzero()[0] + 1).to(masks.device)
     start, end = changes.view(-1, 2).T.contiguous()  # (R,), of the runs
     first = torch.searchsorted(end, start + stride)

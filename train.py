@@ -56,7 +56,7 @@ class Recipe:
     plain_crop: bool = False
     holdout: float = 0.0
     seed: int = 0
-    version: int = 4  # counts the changes to what the fields do not say: optimiser, schedule, crops
+    version: int = 5  # counts the changes to what the fields do not say: optimiser, schedule, crops
 
 
 # What is trained decides the rest: everything from random weights, every layer of a pretrained network, or its head.
@@ -150,6 +150,31 @@ def one_cycle(step, steps, warmup=0.05):
     """The learning rate at `step` of `steps` as a share of its peak: linearly up, then linearly down to zero."""
     rise = warmup * steps
     return (step + 1) / (rise + 1) if step < rise else (steps - step) / (steps - rise)
+
+
+def sides(recipe, epoch):
+    """The sides (px) of an epoch's training crops, and of the photos that validate it.
+
+    Crops grow from 3/4 of `recipe.crop` to all of it by the time that 3/4 of the training is over, in steps of 8 px:
+    small ones are faster, and harder to learn by heart (progressive resizing: Howard 2018; Tan & Le 2021). Photos in
+    validation keep their proportion to them. Pieces at the photo's own scale, and whole photos, stay as they are.
+    """
+    if recipe.plain_crop or recipe.training == "head":
+        return recipe.crop, recipe.size
+    grown = 3 / 4 + (epoch + 1) / recipe.epochs / 3  # 1 when 3/4 of the epochs are over
+    crop = min(recipe.crop, max(8, 8 * round(grown * recipe.crop / 8)))
+    return crop, round(crop * recipe.size / recipe.crop)
+
+
+def least_area(recipe):
+    """The share of a photo that a crop shows at least: the longer a training, the smaller. 45 % in 5 epochs, which see
+    too little to learn photos by heart; 10 % in 100, which see enough."""
+    return recipe.epochs**-0.5
+
+
+def epoch_seed(recipe, epoch):
+    """The number from which all chance in an epoch follows, also after a kill."""
+    return 1_000_003 * recipe.seed + epoch
 
 
 def orthogonalise(matrices, dtype=torch.float32, steps=3):
@@ -499,8 +524,9 @@ def check_sizes(network, recipe, count):
     photos. Only small images can be too small: of 96 px at most are tried."""
     network = copy.deepcopy(network)  # a pass in training mode changes the statistics of batch normalisation
     smallest = min(2, min(map(len, data.shuffled(count, recipe.batch_size, None))) // WORLD)
-    passes = [("--crop", recipe.crop, smallest, True)] if recipe.training != "head" else []
-    passes += [("--size or --looks", side, 1, False) for side in {recipe.size, *recipe.looks}]
+    crop, size = sides(recipe, 0)
+    passes = [("--crop", crop, smallest, True)] if recipe.training != "head" else []
+    passes += [("--size or --looks", side, 1, False) for side in {size, *recipe.looks}]
     for option, side, photos, training in passes:
         try:
             network.train(training)(torch.zeros(photos, 3, min(side, 96), min(side, 96)))
@@ -512,27 +538,29 @@ def check_sizes(network, recipe, count):
 def make_batches(recipe, network, photos, val, precision):
     """What to train, and where an epoch of batches for it comes from: (module, train_batches, val_batches).
 
-    train_batches(generator) and val_batches() each yield (x, labels) for `module`. Where all but the last layer is
-    frozen, the module is the last layer and x are stored features; else it is the network and x are images.
+    train_batches(epoch) and val_batches(epoch) yield (x, labels) for `module`. Where all but the last layer is frozen,
+    the module is the last layer and x are stored features; else it is the network and x are images.
     """
     part, val = (RANK, WORLD), val.subset(torch.arange(RANK, len(val), WORLD))
     if recipe.training != "head":
-        def train_batches(generator):
-            return data.train_batches(photos, recipe.crop, recipe.batch_size, generator, plain=recipe.plain_crop,
-                                      part=part, dtype=precision.products)
+        def train_batches(epoch):
+            generator = torch.Generator().manual_seed(epoch_seed(recipe, epoch))
+            return data.train_batches(photos, sides(recipe, epoch)[0], recipe.batch_size, generator, least_area(recipe),
+                                      recipe.plain_crop, part, precision.products)
 
-        return network, train_batches, lambda: data.eval_batches(val, recipe.size, 128)
+        return network, train_batches, lambda epoch: data.eval_batches(val, sides(recipe, epoch)[1], 128)
 
     features, labels = stored_features(network, photos, recipe.looks[-1], precision, mirrored=True)  # (2, N, C), (N,)
     val_features, val_labels = stored_features(network, val, recipe.looks[-1], precision, mirrored=False)
 
-    def feature_batches(generator):  # each photo once, as it is or mirrored
+    def feature_batches(epoch):  # each photo once, as it is or mirrored
+        generator = torch.Generator().manual_seed(epoch_seed(recipe, epoch))
         for index in data.shuffled(len(photos), recipe.batch_size, generator):
             side = torch.randint(2, (len(index),), generator=generator)
             index, side = (t[RANK::WORLD].to(features.device) for t in (index, side))
             yield features[side, index], labels[index]
 
-    return network.head, feature_batches, lambda: [(val_features[0], val_labels)]
+    return network.head, feature_batches, lambda epoch: [(val_features[0], val_labels)]
 
 
 def run_epochs(folder, recipe, network, batches, count, facts, state, precision):
@@ -556,11 +584,10 @@ def run_epochs(folder, recipe, network, batches, count, facts, state, precision)
     parallel = torch.nn.parallel.DistributedDataParallel(module) if WORLD > 1 else module
     for epoch in range(len(rows), recipe.epochs):
         started = time.perf_counter()  # on Windows, time.time() ticks 64 times a second: an epoch of a head takes less
-        torch.manual_seed(1_000_003 * recipe.seed + epoch)  # all chance in an epoch follows from its number
-        generator = torch.Generator().manual_seed(1_000_003 * recipe.seed + epoch)
+        torch.manual_seed(epoch_seed(recipe, epoch))  # of dropout, where a network has some
         plan = [(recipe.lr * one_cycle(epoch * steps + i, recipe.epochs * steps), length / WORLD)
                 for i, length in enumerate(lengths)]
-        losses, correct, seen = train_epoch(parallel, train_batches(generator), plan, optimizer, scaler, precision,
+        losses, correct, seen = train_epoch(parallel, train_batches(epoch), plan, optimizer, scaler, precision,
                                             recipe.smoothing, average)
         losses = sum_over_processes(losses) / WORLD
         check_finite(losses, folder, epoch)
@@ -568,10 +595,11 @@ def run_epochs(folder, recipe, network, batches, count, facts, state, precision)
         speed = seen / (time.perf_counter() - started)
         for buffer in [*module.buffers(), *average.module.buffers()] if WORLD > 1 else ():
             torch.distributed.broadcast(buffer, 0)  # each has statistics of its own; rank 0's are those that are saved
-        totals = sum_over_processes(evaluate(average.module, val_batches(), precision, len(facts["classes"])))
+        totals = sum_over_processes(evaluate(average.module, val_batches(epoch), precision, len(facts["classes"])))
         scores = val_scores(totals)
         check_finite(torch.tensor([scores["val_loss"]]), folder, epoch)
-        rows.append(dict(epoch=epoch + 1, train_loss=round(float(losses.mean()), 4),
+        looks = recipe.looks if recipe.training == "head" else [sides(recipe, epoch)[1]]
+        rows.append(dict(epoch=epoch + 1, size=models.looks_key(looks), train_loss=round(float(losses.mean()), 4),
                          train_accuracy=round(correct / seen, 5), **scores, lr=round(plan[0][0], 6),
                          images_per_second=round(speed), seconds=round(time.perf_counter() - started, 1)))
         if RANK == 0:
@@ -599,7 +627,7 @@ def save_epoch(folder, rows, averaged, facts, state):
     best = row["val_accuracy"] > max(before, default=-1)
     if best:
         models.save(folder / "best.pt", averaged, **facts, epoch=len(rows),
-                    accuracies={facts["settings"]["evaluated"]: row["val_accuracy"]})
+                    accuracies={row["size"]: row["val_accuracy"]})
     models.write(folder / "last.pt", dict(state, settings=facts["settings"], rows=rows))
     write_log(folder, rows)
     epochs = facts["settings"]["epochs"]
@@ -678,9 +706,8 @@ def train(recipe, options):
 
 def run(folder, recipe, network, photos, val, device, precision, dry_run):
     """Train the run of `folder` to its end. Returns the rows of its log, and how many epochs were done before."""
-    looks = recipe.looks if recipe.training == "head" else [recipe.size]
-    settings = dict(asdict(recipe), looks=list(recipe.looks), evaluated=models.looks_key(looks),
-                    photos=[len(photos), len(val)], data=[photos.fingerprint, val.fingerprint])
+    settings = dict(asdict(recipe), looks=list(recipe.looks), photos=[len(photos), len(val)],
+                    data=[photos.fingerprint, val.fingerprint])
     state = None if dry_run else resume(folder, settings)
     before = len(state["rows"]) if state else 0
     finished = before == recipe.epochs

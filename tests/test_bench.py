@@ -85,6 +85,6 @@ def test_all_rows_are_printed_and_written_as_data(tmp_path, monkeypatch, demo, c
                                                       here=[50.0] * 3, usual=[50.0] * 3)
     assert rows["share of a step: optimiser"]["here"] == [0.1] * 3
     forward = bench.operations(models.build("resnet18").eval(), 224)
-    assert rows["share of that, float32: maps"]["here"] == pytest.approx([50 * forward / 0.5] * 3)
+    assert rows["share of a large matrix product, float32: maps"]["here"] == pytest.approx([50 * forward / 0.5] * 3)
     for row in written["rows"]:
         assert "| " + " | ".join(bench.cells(**row)) + " |" in printed

@@ -248,7 +248,7 @@ def test_mirroring_mirrors():
 
 def test_random_boxes_are_what_they_say():
     photos, index = data.from_arrays([noise(60, 80), noise(80, 60), noise(64, 64)]), torch.arange(3).repeat(2000)
-    y, x, h, w = data.random_boxes(photos, index, torch.Generator().manual_seed(0), (0.25, 1.0)).T
+    y, x, h, w = data.random_boxes(photos, index, torch.Generator().manual_seed(0), 0.25).T
     height, width = photos.height[index], photos.width[index]
     assert min(y.min(), x.min()) >= 0 and (y + h - height).max() < 1e-3 and (x + w - width).max() < 1e-3
     share, aspect = h * w / (height * width), w / h

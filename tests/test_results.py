@@ -4,10 +4,10 @@ import json
 import re
 
 import pytest
-import results
 from conftest import REPO
 
 import data
+import results
 import train
 
 MACHINE = dict(processor="Made Up 9", instructions="AVX512", cores=2, memory=24, python="3.11.7", torch="2.14.1",
