@@ -39,8 +39,8 @@ PROTOCOLS = (
     ("CNN, 128 px, 5 epochs", "87.43 % (leaderboard)", dict(arch="cnn", epochs=5, crop=128, size=128)),
     ("CNN, 128 px, 20 epochs", "91.57 % (leaderboard)", dict(arch="cnn", epochs=20, crop=128, size=128)),
     ("CNN, plain 64 x 64 crops", REPORT, dict(arch="cnn", plain_crop=True, epochs=ANY, size=ANY)),
-    ("MobileNetV2, one look", HEAD_REPORT, dict(arch="mobilenet_v2", training="head", evaluated="224")),
-    ("MobileNetV2, two looks", HEAD_REPORT, dict(arch="mobilenet_v2", training="head", evaluated="224 320")),
+    ("MobileNetV2, one look", HEAD_REPORT, dict(arch="mobilenet_v2", training="head", looks=[224])),
+    ("MobileNetV2, two looks", HEAD_REPORT, dict(arch="mobilenet_v2", training="head", looks=[224, 320])),
 )
 CONTROLS = ("average drop", "increase in confidence", "deletion", "insertion", "pointing game",
             "MaxBoxAccV2, cross-fitted")

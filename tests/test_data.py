@@ -281,12 +281,34 @@ def test_plain_boxes_refuse_a_photo_smaller_than_the_crop():
 
 
 @pytest.mark.parametrize("plain", [False, True])
-def test_an_epoch_shows_every_photo_once_with_its_label(plain):
+def test_an_epoch_shows_every_photo_once_with_its_label(plain, monkeypatch):
+    monkeypatch.setattr(data, "COLOURS", 0.0)
     photos, seen = plain_colours(23), []
     for images, labels in data.train_batches(photos, 8, 5, torch.Generator().manual_seed(0), plain=plain):
         assert torch.allclose(grey_levels(images), labels[:, None, None, None].float(), atol=1e-2)
         seen += labels.tolist()
     assert sorted(seen) == list(range(23)) and seen != sorted(seen)
+
+
+def test_recolouring_changes_saturation_contrast_and_brightness_of_each_image():
+    images = torch.rand(5, 3, 6, 7).contiguous(memory_format=torch.channels_last)
+    colours = torch.tensor([[0, 0, 0], [-1, 0, 0], [0.5, 0, 0], [0, -0.25, 0], [0, 0, 0.3]])
+    same, grey, vivid, pale, lighter = data.recolour(images, colours)
+    assert torch.allclose(same, images[0])
+    assert torch.allclose(grey, images[1].mean(0).expand(3, 6, 7), atol=1e-6)
+    assert torch.allclose(vivid - vivid.mean(0), 1.5 * (images[2] - images[2].mean(0)), atol=1e-6)
+    assert torch.allclose(vivid.mean(0), images[2].mean(0), atol=1e-6)  # as light as it was
+    assert torch.allclose(pale, 0.75 * images[3]) and torch.allclose(lighter, images[4] + 0.3)
+    assert data.recolour(images, colours).is_contiguous(memory_format=torch.channels_last)
+    drawn = data.random_colours(2000, torch.Generator().manual_seed(0))
+    assert drawn.shape == (2000, 3) and (drawn.abs().amax(0) <= data.COLOURS).all()
+    assert (drawn.amin(0) < -0.95 * data.COLOURS).all() and (drawn.amax(0) > 0.95 * data.COLOURS).all()
+
+
+def test_crops_change_their_colours_and_plain_pieces_do_not():
+    grey = data.from_arrays([torch.full((20, 20, 3), 128, dtype=torch.uint8)] * 50)
+    values = [grey_levels(batch_of(grey, 8, plain=plain)[0])[:, 0, 0, 0] for plain in (False, True)]
+    assert values[0].std() > 5 and torch.allclose(values[1], torch.tensor(128.0), atol=1e-2)
 
 
 def test_a_small_last_batch_joins_the_one_before():

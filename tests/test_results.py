@@ -31,9 +31,8 @@ def gathered(tmp_path):
 def training(folder, name, last=0.9, seed=0, machine=(), more=(), **recipe):
     """Leave in `folder` what a training called `name` would have."""
     kind = recipe.get("training", "scratch")
-    recipe = train.DEFAULTS[kind] | dict(arch="cnn", weights=None, training=kind, looks=[64, 96, 128], evaluated="96",
-                                         plain_crop=False, holdout=0.0, seed=seed, version=4,
-                                         photos=list(data.COUNTS.values())) | recipe
+    recipe = train.DEFAULTS[kind] | dict(arch="cnn", weights=None, training=kind, looks=[64, 96, 128], plain_crop=False,
+                                         holdout=0.0, seed=seed, version=4, photos=list(data.COUNTS.values())) | recipe
     facts = dict(best_accuracy=last + 0.01, best_epoch=3, last_accuracy=last, accuracies={"96": last},
                  accuracy_on="val", accuracy_n=3925, epochs_to_72=2, seconds_to_72=95.0, seconds=3600.0,
                  command=f"python train.py {recipe['arch']} --seed {seed} --data /secret/place/imagenette",
@@ -109,8 +108,8 @@ def test_a_seed_of_two_commits_is_two_rows(gathered, tmp_path):
 
 def test_looks_crops_and_other_recipes_have_rows_of_their_own(gathered, tmp_path):
     head = dict(arch="mobilenet_v2", training="head", weights="../elsewhere/weights.pth")
-    training(tmp_path, "one", 0.97, evaluated="224", looks=[224], **head)
-    training(tmp_path, "two", 0.98, evaluated="224 320", looks=[224, 320], **head)
+    training(tmp_path, "one", 0.97, looks=[224], **head)
+    training(tmp_path, "two", 0.98, looks=[224, 320], **head)
     training(tmp_path, "plain", 0.85, plain_crop=True, epochs=40, size=160)
     training(tmp_path, "wide", 0.91, width=256)
     training(tmp_path, "held", 0.92, holdout=0.15, more=dict(accuracy_on="held-out train", accuracy_n=1420))

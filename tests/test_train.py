@@ -179,6 +179,37 @@ def test_schedule_never_stops_nor_exceeds_its_peak(steps):
     assert rates[: peak + 1] == sorted(rates[: peak + 1]) and rates[peak:] == sorted(rates[peak:], reverse=True)
 
 
+def recipe_of(*more):
+    return train.parse_arguments([*map(str, more)])[0]
+
+
+def test_crops_grow_to_their_side_and_photos_in_validation_with_them():
+    recipe = recipe_of("cnn", "--epochs", 100)
+    found = [train.sides(recipe, epoch) for epoch in range(100)]
+    assert found == sorted(found) and set(found) == {(48, 72), (56, 84), (64, 96)}
+    assert found[0] == (48, 72) and found[74:] == [(64, 96)] * 26
+    assert train.sides(recipe_of("cnn", "--epochs", 1), 0) == (64, 96)
+    assert [train.sides(recipe_of("cnn", "--epochs", 5, "--crop", 128, "--size", 128), epoch)[0]
+            for epoch in range(5)] == [104, 112, 120, 128, 128]
+    assert train.sides(recipe_of("cnn", "--crop", 20, "--size", 20), 0) == (16, 16)
+    assert train.sides(recipe_of("cnn", "--crop", 5, "--size", 16), 0) == (5, 16)
+
+
+def test_pieces_at_the_photos_own_scale_and_whole_photos_do_not_grow():
+    assert train.sides(recipe_of("cnn", "--plain-crop", "--size", 160), 0) == (64, 160)
+    assert train.sides(recipe_of("resnet18"), 0) == (0, 224)
+
+
+def test_the_longer_a_training_the_less_of_a_photo_a_crop_shows(demo, tmp_path, monkeypatch):
+    areas = []
+    monkeypatch.setattr(data, "random_boxes", lambda photos, index, generator, area:
+                        areas.append(area) or torch.tensor([[0.0, 0, 9, 9]]).expand(len(index), -1))
+    for epochs, least in ((1, 1.0), (4, 0.5)):
+        training(demo, tmp_path, "--name", epochs, epochs=epochs)
+        assert areas[-1] == least == train.least_area(recipe_of("cnn", "--epochs", epochs))
+    assert train.least_area(recipe_of("cnn", "--epochs", 100)) == pytest.approx(0.1)
+
+
 def optimizer_of(kind, demo, runs, monkeypatch):
     """The module that a training trains, and the optimiser it makes for it."""
 
@@ -306,7 +337,7 @@ def test_one_batch_can_be_learnt_by_heart(demo, tmp_path, monkeypatch):
     recipe, _ = train.parse_arguments(arguments(demo, tmp_path, "--batch-size", len(photos), epochs=4))
     torch.manual_seed(0)
     network = models.cnn(width=32)
-    batches = network, lambda generator: [batch] * 8, lambda: [batch]
+    batches = network, lambda epoch: [batch] * 8, lambda epoch: [batch]
     facts, precision = {"classes": photos.classes}, train.choose_precision(CPU)
     rows = train.run_epochs(tmp_path, recipe, network, batches, 8 * len(photos), facts, None, precision)
     assert len(rows) == 4 and rows[-1]["train_accuracy"] == 1 and rows[-1]["val_accuracy"] == 1
@@ -516,7 +547,7 @@ def test_a_run_leaves_these_files(trained):
     assert contents(trained).keys() == {"best.pt", "last.pt", "log.csv", "curves.png", "config.json", "result.json"}
     with open(trained / "log.csv", newline="") as file:
         rows = list(csv.DictReader(file))
-    assert list(rows[0]) == ["epoch", "train_loss", "train_accuracy", "val_loss", "val_accuracy",
+    assert list(rows[0]) == ["epoch", "size", "train_loss", "train_accuracy", "val_loss", "val_accuracy",
                              "val_class_accuracy", "lr", "images_per_second", "seconds"]
     assert [int(row["epoch"]) for row in rows] == list(range(1, EPOCHS + 1))
     assert all(0 <= float(row["val_accuracy"]) <= 1 and float(row["train_loss"]) > 0 for row in rows)
