@@ -181,7 +181,7 @@ def duration(seconds):
     """Seconds in words: "92 s", "54 min", "3 h 5 min"."""
     minutes = round(seconds / 60)
     if seconds < 120:
-        return f"{seconds:.0f} s"
+        return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
     return f"{minutes} min" if minutes < 120 else f"{minutes // 60} h {minutes % 60} min"
 
 
@@ -259,12 +259,12 @@ def passing_row(groups):
     """The row on how soon the report's accuracy is passed: of the training with 64 px crops that does so first.
     groups: of the first two PROTOCOLS, {number of the source: trainings}."""
     name, to_beat = "CNN, 64 px, to pass 72 %", "100 epochs (report)"
-    passed = [(statistics.mean(facts["epochs_to_72"] for facts in group),
-               statistics.mean(facts["seconds_to_72"] for facts in group), number)
+    passed = [(statistics.mean(facts["seconds_to_72"] for facts in group),
+               statistics.mean(facts["epochs_to_72"] for facts in group), number)
               for number, group in groups.items() if all(facts["epochs_to_72"] for facts in group)]
     if not passed:
         return [name, to_beat, "not passed" if groups else NOT_MEASURED, "", ", ".join(map(str, groups))]
-    epochs, seconds, number = min(passed)
+    seconds, epochs, number = min(passed)
     return [name, to_beat, f"{epochs:g} epochs", duration(seconds), str(number)]
 
 
@@ -277,7 +277,10 @@ def accuracy(trainings):
         name, to_beat = PROTOCOLS[place][:2] if place < len(PROTOCOLS) else (None, "")  # a run that is none of these
         for number, group in of_place.items():
             seeds = f", {len(group)} seeds" if len(group) > 1 else ""
-            rows.append([(name or f"`{group[0]['name']}`") + seeds, to_beat,
+            recipe = group[0]["recipe"]
+            earlier = recipe["training"] == "scratch" and recipe["version"] < train.Recipe.version
+            label = (name or f"`{group[0]['name']}`") + seeds + ", an earlier recipe" * earlier
+            rows.append([label, to_beat,
                          per_cent([facts["last_accuracy"] for facts in group]),
                          duration(statistics.mean(facts["seconds"] for facts in group)), str(number)])
         if name and not of_place:
@@ -361,7 +364,8 @@ def scores(all_scores):
                          f"epoch {network['best_epoch']} of {network['epochs']}; "
                          f"scored in {duration(facts['seconds'][name])}")
         parts.append(sources(texts))
-    return "\n\n".join(filter(None, parts))
+    short = [part.replace("MaxBoxAccV2, cross-fitted", "MaxBoxAccV2") for part in parts if part]  # 100 characters wide
+    return "\n\n".join(short)
 
 
 # ---------------------------------------------------------------- RESULTS.md

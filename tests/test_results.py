@@ -32,7 +32,8 @@ def training(folder, name, last=0.9, seed=0, machine=(), more=(), **recipe):
     """Leave in `folder` what a training called `name` would have."""
     kind = recipe.get("training", "scratch")
     recipe = train.DEFAULTS[kind] | dict(arch="cnn", weights=None, training=kind, looks=[64, 96, 128], plain_crop=False,
-                                         holdout=0.0, seed=seed, version=4, photos=list(data.COUNTS.values())) | recipe
+                                         holdout=0.0, seed=seed, version=train.Recipe.version,
+                                         photos=list(data.COUNTS.values())) | recipe
     facts = dict(best_accuracy=last + 0.01, best_epoch=3, last_accuracy=last, accuracies={"96": last},
                  accuracy_on="val", accuracy_n=3925, epochs_to_72=2, seconds_to_72=95.0, seconds=3600.0,
                  command=f"python train.py {recipe['arch']} --seed {seed} --data /secret/place/imagenette",
@@ -119,6 +120,11 @@ def test_looks_crops_and_other_recipes_have_rows_of_their_own(gathered, tmp_path
     assert "1,420 photos of held-out train" in " ".join(text.split())
     assert row(text, "CNN, 64 px, 100 epochs")[2] == "not measured"
     assert "elsewhere" not in (tmp_path / "results/two-abc1234/result.json").read_text()
+
+
+def test_an_earlier_recipe_is_named_so(gathered, tmp_path):
+    training(tmp_path, "cnn", 0.85, epochs=20, version=train.Recipe.version - 1)
+    assert row(gathered(), "CNN, 64 px, 20 epochs, an earlier recipe")[2] == "85.00 %"
 
 
 def test_two_machines_do_not_overwrite_each_other_and_a_repetition_replaces(gathered, tmp_path):
