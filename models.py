@@ -182,13 +182,13 @@ def take_apart(network, arch):
     """
     *body, (_, last) = network.named_children()
     steps = [m for m in (last if isinstance(last, nn.Sequential) else [last])
-             if not isinstance(m, (nn.Dropout, nn.Flatten))]  # fmt: skip
+             if not isinstance(m, (nn.Dropout, nn.Flatten))]
     if len(steps) != 1 or not isinstance(steps[0], nn.Linear):
         between = ", ".join(type(m).__name__ for m in steps)
         raise ModelError(f"{arch} cannot be explained exactly: after its pooling come {between}, where CAM needs "
                          "one linear layer and nothing else; resnet18 and mobilenet_v2 are of that shape")
     body = OrderedDict((name, m) for name, m in body
-                       if not isinstance(m, (nn.AdaptiveAvgPool2d, nn.Flatten, nn.Dropout)))  # fmt: skip
+                       if not isinstance(m, (nn.AdaptiveAvgPool2d, nn.Flatten, nn.Dropout)))
     if isinstance(network, torchvision_models.DenseNet):
         body["relu"] = nn.ReLU()  # a line of its forward, not a module
     apart = CAMNet(nn.Sequential(body), steps[0])
@@ -228,7 +228,7 @@ def load_torchvision_state(network, state, source, arch):
     metadata = getattr(state, "_metadata", None)  # mnasnet asks for the version in it
     # densenet's files say denselayer1.norm.1 where its modules are named denselayer1.norm1
     state = OrderedDict((re.sub(r"(denselayer\d+\.(?:norm|conv))\.(\d)", r"\1\2", k), v)
-                        for k, v in state.items() if not k.startswith(f"{last}."))  # fmt: skip
+                        for k, v in state.items() if not k.startswith(f"{last}."))
     state._metadata = metadata
     needed = [k for k in own if not k.startswith(f"{last}.") and not k.endswith(".num_batches_tracked")]
     wrong = [k for k in needed if k not in state]
