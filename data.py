@@ -24,6 +24,7 @@ import hashlib
 import http.client
 import io
 import json
+import math
 import os
 import re
 import shutil
@@ -214,7 +215,7 @@ def resample(photos, index, boxes, size, flip=None, dtype=torch.float32):
     y, x, box_height, box_width = boxes.T
     top, rows = span(y, box_height, size, photos.height[index])
     left, cols = span(x, box_width, size, photos.width[index])
-    h, w = int(rows.max()), int(cols.max())
+    h, w = (32 * math.ceil(int(n.max()) / 32) for n in (rows, cols))  # few shapes: for each, kernels are made and kept
     if len(index) > 1 and len(index) * h * w > MAX_BATCH:
         halves = zip(index.chunk(2), boxes.chunk(2), flip.chunk(2), strict=True)
         return torch.cat([resample(photos, i, box, size, mirror, dtype) for i, box, mirror in halves])
