@@ -314,7 +314,9 @@ def time_to_accuracy(benches):
         rows = [[f"until {100 * facts['accuracy']:g} % of val", "time", "epochs", "times this project's"]]
         for row in facts["rows"]:
             if row["seconds"] is None:
-                rows.append([row["way"], "not reached", f"{row['of_epochs']}", ""])
+                times = f"more than {row['all_seconds'] / ours:.1f}" if ours else ""
+                rows.append([row["way"], f"{row['best']:.1%} after {duration(row['all_seconds'])}",
+                             f"{row['of_epochs']}", times])
             else:
                 times = f"{row['seconds'] / ours:.1f}" if ours else ""
                 rows.append([row["way"], duration(row["seconds"]), f"{row['epochs']} of {row['of_epochs']}", times])

@@ -32,8 +32,8 @@ def tiny():
 
 def test_the_first_epoch_that_gets_there_counts():
     rows = [(0.5, 1.0), (0.86, 2.0), (0.84, 4.0), (0.9, 8.0)]
-    assert bench_accuracy.first_pass(rows, 0.85) == dict(seconds=3.0, epochs=2)
-    assert bench_accuracy.first_pass(rows, 0.95) == dict(seconds=None, epochs=None)
+    assert bench_accuracy.first_pass(rows, 0.85) == dict(seconds=3.0, epochs=2, best=0.9, all_seconds=15.0)
+    assert bench_accuracy.first_pass(rows, 0.95) == dict(seconds=None, epochs=None, best=0.9, all_seconds=15.0)
 
 
 def test_a_finished_run_is_read(finished_run):

@@ -154,13 +154,13 @@ def test_speed_and_time_to_accuracy(gathered, tmp_path):
     (tmp_path / "figures/bench.json").write_text(json.dumps(facts | dict(rows=rows)))
     rows = [dict(way="this project", seconds=100.0, epochs=5, of_epochs=20, settings="a"),
             dict(way="ResNet-18", seconds=1000.0, epochs=30, of_epochs=40, settings="b"),
-            dict(way="the CNN", seconds=None, epochs=None, of_epochs=40, settings="c")]
+            dict(way="the CNN", seconds=None, epochs=None, of_epochs=40, settings="c", best=0.832, all_seconds=800.0)]
     (tmp_path / "figures/bench-accuracy.json").write_text(json.dumps(facts | dict(accuracy=0.85, rows=rows)))
     text = gathered()
     assert row(text, "an epoch of the CNN, 64 px")[1:] == ["600 images/s", "250 images/s", "2.4 x (2.0 to 3.0)"]
     assert row(text, "this project")[1:] == ["100 s", "5 of 20", "1.0"]
     assert row(text, "ResNet-18")[1:] == ["17 min", "30 of 40", "10.0"]
-    assert row(text, "the CNN")[1:] == ["not reached", "40", ""] and "3. ResNet-18: b" in text
+    assert row(text, "the CNN")[1:] == ["83.2% after 13 min", "40", "more than 8.0"] and "3. ResNet-18: b" in text
     assert "results/bench-abc1234/bench.json" in text and "bfloat16" in text
 
 
