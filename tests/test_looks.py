@@ -1,0 +1,64 @@
+"""The measurements that RESULTS.md quotes beside the scores: they run on any boxes and give what score.py gives."""
+
+import cell_position
+import looks
+import pytest
+import torch
+
+import cam
+import data
+import models
+import score
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    """A CNN with random weights, saved as train.py saves one."""
+    torch.manual_seed(0)
+    path = tmp_path / "best.pt"
+    models.save(path, models.cnn(width=16), arch="cnn", classes=list(data.CLASSES.values()), mean=data.MEAN,
+                std=data.STD, looks=[32], settings={}, accuracies={}, accuracy_on="val", accuracy_n=20, epoch=1, how="")
+    return path
+
+
+def call(module, monkeypatch, *arguments):
+    """The command line of a module of tests/, in this process."""
+    monkeypatch.setattr("sys.argv", ["command", *map(str, arguments)])
+    module.main()
+
+
+def test_each_list_of_looks_has_a_row_with_the_scores_of_train(checkpoint, demo, monkeypatch, capsys):
+    call(looks, monkeypatch, checkpoint, "--data", demo, "--boxes", demo, "--looks", "32", "16,32")
+    head, _, one, two = (line.strip("| ").split(" | ") for line in capsys.readouterr().out.splitlines())
+    assert one[0].strip() == "32" and two[0].strip() == "16, 32" and int(one[1]) == 60  # all photos of train
+    assert float(one[-1]) == 1.0 and float(two[-1]) > 0
+    ((network, facts),) = cam.load_models([checkpoint], [[32]])
+    train, boxes = score.load_boxes(demo, demo, data.load(demo, "val"))[0][1]
+    maps = looks.maps_of(models.fold_norms(network), train, 32, mirror=False)
+    assert str(score.localisation(maps[None], boxes, len(boxes))["pointing game"]) == one[2].strip()
+
+
+def test_the_mirror_image_is_turned_back(checkpoint, demo):
+    ((network, _),) = cam.load_models([checkpoint], [[32]])
+    photos = data.load(demo, "train")
+    plain, mean = (looks.maps_of(network, photos, 32, mirror) for mirror in (False, True))
+    assert mean.shape == plain.shape and not torch.allclose(mean, plain)
+    turned = data.from_arrays([photos[i].flip(1) for i in range(len(photos))], photos.labels)
+    assert torch.allclose(looks.maps_of(network, turned, 32, True).flip(2), mean, atol=1e-4)
+
+
+def test_what_cannot_be_measured_is_a_sentence(tmp_path, demo, monkeypatch, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        call(looks, monkeypatch, tmp_path / "none.pt", "--data", demo, "--boxes", demo, "--looks", "32")
+    assert capsys.readouterr().err.splitlines()[-1].startswith("looks.py: ")
+
+
+def test_cells_lie_where_they_are_moved_to(checkpoint, demo, monkeypatch, capsys):
+    spot = torch.zeros(1, 4, 4)
+    spot[0, 1, 2] = 1
+    assert int(cell_position.shifted(spot, 16, 0).argmax()) in (16 * y + x for y in (5, 6) for x in (9, 10))
+    up_left = cell_position.shifted(spot, 16, 1)
+    assert int(up_left.argmax()) in (16 * y + x for y in (1, 2) for x in (5, 6))
+    call(cell_position, monkeypatch, checkpoint, "--data", demo, "--boxes", demo)
+    said = capsys.readouterr().out
+    assert "size 32, stride 8" in said and said.count("MaxBoxAccV2") == 2
