@@ -20,6 +20,7 @@ import re
 import subprocess
 import urllib.error
 from collections import OrderedDict
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -242,20 +243,13 @@ def load_torchvision_state(network, state, source, arch):
 def fold_norms(network):
     """A copy for inference in which every BatchNorm is folded into the convolution before it: faster, and equal up to
     rounding. An unfolded copy where folding would change what it computes."""
-
-    def fold(module):
-        """Fold in place, in `module` and all below it; children stand in the order of their use."""
-        children = list(module.named_children())
-        for (name, conv), (next_name, norm) in zip(children, children[1:], strict=False):
+    plain = copy.deepcopy(network).eval()
+    folded = copy.deepcopy(plain)
+    for module in list(folded.modules()):  # children stand in the order of their use
+        for (name, conv), (next_name, norm) in pairwise(list(module.named_children())):
             if isinstance(conv, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d):
                 setattr(module, name, fuse_conv_bn_eval(conv, norm))
                 setattr(module, next_name, nn.Identity())
-        for child in module.children():
-            fold(child)
-
-    plain = copy.deepcopy(network).eval()
-    folded = copy.deepcopy(plain)
-    fold(folded)
     weight = next(network.parameters())
     x = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0)).to(weight)
     with torch.no_grad(), torch.backends.cudnn.flags(enabled=True, allow_tf32=False):  # TF32 is too coarse
