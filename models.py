@@ -18,7 +18,6 @@ import pickle
 import platform
 import re
 import subprocess
-import urllib.error
 from collections import OrderedDict
 from itertools import pairwise
 from pathlib import Path
@@ -192,9 +191,7 @@ def take_apart(network, arch):
                        if not isinstance(m, (nn.AdaptiveAvgPool2d, nn.Flatten, nn.Dropout)))
     if isinstance(network, torchvision_models.DenseNet):
         body["relu"] = nn.ReLU()  # a line of its forward, not a module
-    apart = CAMNet(nn.Sequential(body), steps[0])
-    if isinstance(body.get("features"), nn.Sequential) and len(body) == 1:
-        apart.features = body["features"]
+    apart = CAMNet(body["features"] if list(body) == ["features"] else nn.Sequential(body), steps[0])
     x = torch.randn(2, 3, 128, 128, generator=torch.Generator().manual_seed(0))
     try:
         with torch.no_grad():  # in how two images differ, by its own scale: a new network's logits can be 1e-14
@@ -210,21 +207,20 @@ def take_apart(network, arch):
 
 def download(arch):
     """torchvision's ImageNet weights of `arch`, verified by their checksum, kept in torch's own cache."""
+    weights = torchvision_models.get_model_weights(arch).DEFAULT
     try:
-        return torchvision_models.get_model_weights(arch).DEFAULT.get_state_dict(check_hash=True)
-    except (urllib.error.URLError, pickle.UnpicklingError, EOFError, RuntimeError, OSError) as error:
-        url = torchvision_models.get_model_weights(arch).DEFAULT.url
-        raise ModelError(f"cannot download the ImageNet weights of {arch} ({error}): fetch {url} elsewhere and name "
-                         "the file with --weights (WEIGHTS=)") from error
+        return weights.get_state_dict(check_hash=True)
+    except (pickle.UnpicklingError, EOFError, RuntimeError, OSError) as error:
+        raise ModelError(f"cannot download the ImageNet weights of {arch} ({error}): fetch {weights.url} elsewhere "
+                         "and name the file with --weights (WEIGHTS=)") from error
 
 
 def load_torchvision_state(network, state, source, arch):
     """Load a state dict of torchvision's key names, complete or without the last layer, and nothing else."""
     *_, (last, _) = network.named_children()
     own = network.state_dict()
-    if not isinstance(state, dict) or not all(
-        isinstance(k, str) and isinstance(v, torch.Tensor) for k, v in state.items()
-    ):
+    if not isinstance(state, dict) or not all(isinstance(k, str) and isinstance(v, torch.Tensor)
+                                              for k, v in state.items()):
         raise ModelError(f"{source} holds no state dict: it must be a file of torchvision's weights for {arch}")
     metadata = getattr(state, "_metadata", None)  # mnasnet asks for the version in it
     # densenet's files say denselayer1.norm.1 where its modules are named denselayer1.norm1
