@@ -358,13 +358,10 @@ def load(path, device="cpu", looks=None):
         raise ModelError(f"{path} is no checkpoint of this project: train.py writes them (runs/*/best.pt)")
     try:
         state = facts.pop("state")
-        classes, features = state["head.weight"].shape
-        if classes != len(facts["classes"]):
-            raise KeyError("classes")
-        facts["width"] = features // 2  # of a cnn
-        network = build(facts["arch"], classes, width=facts["width"])
+        facts["width"] = state["head.weight"].shape[1] // 2  # of a cnn
+        network = build(facts["arch"], len(facts["classes"]), width=facts["width"])
         network.load_state_dict(state)
-    except (AttributeError, KeyError, TypeError, RuntimeError) as error:
+    except (AttributeError, LookupError, TypeError, RuntimeError) as error:
         raise ModelError(f"{path} says it is a {facts.get('arch')}, but its contents are not that network's: "
                          "train it again, or name another file") from error
     if "looks" not in facts and "size" in facts:  # a checkpoint from before there were looks
