@@ -316,13 +316,13 @@ def write(path, contents):
 
 def read(path):
     """The contents of a file of tensors and plain types; anything that would run code is refused."""
-    if not Path(path).is_file():
-        what = "is a folder" if Path(path).is_dir() else "does not exist"
-        run, hint = Path(path).parent.name, ""
-        if Path(path).name == "best.pt":
-            known = run in torchvision_models.list_models()
-            hint = f" (`make {f'finetune ARCH={run}' if known else 'train-cnn'}` makes one)"
-        raise ModelError(f"{path} {what}{hint}: name a file that is there")
+    path = Path(path)
+    if not path.is_file():
+        what, run = "is a folder" if path.is_dir() else "does not exist", path.parent.name
+        if path.name == "best.pt":
+            command = f"finetune ARCH={run}" if run in torchvision_models.list_models() else "train-cnn"
+            what += f" (`make {command}` makes one)"
+        raise ModelError(f"{path} {what}: name a file that is there")
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except PermissionError:
