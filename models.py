@@ -71,8 +71,8 @@ def resize(x, size):
 
 
 def with_looks(network, sizes):
-    """A CAMNet of the same modules that looks at an image at all of `sizes` (px). One size needs no `Looks`: the
-    network itself, to be fed images of that size, or the network under the `Looks` that it has."""
+    """A CAMNet of the same modules that looks at an image at all of `sizes` (px), in place of the looks it may have.
+    One size needs no `Looks`: feed the network images of that size."""
     features = network.features.features if isinstance(network.features, Looks) else network.features
     return CAMNet(features if len(sizes) == 1 else Looks(features, sorted(sizes)), network.head)
 
@@ -342,7 +342,7 @@ def save(path, network, **facts):
     (names in the order of the labels), mean, std, looks (sizes in px at which photos are looked at), accuracies
     ({`looks_key`: share}), accuracy_on ("val" or "held-out train"), accuracy_n, how (it was trained), settings, epoch.
     """
-    plain = with_looks(network, [0])  # the state of the plain network: it may be looked through in other ways
+    plain = with_looks(network, [0])  # one look, and so no `Looks`: others may be taken when it is loaded
     write(path, {"format": "camnet-1", **facts, "state": plain.state_dict()})
 
 
@@ -365,10 +365,10 @@ def load(path, device="cpu", looks=None):
         raise ModelError(f"{path} says it is a {facts.get('arch')}, but its contents are not that network's: "
                          "train it again, or name another file") from error
     if "looks" not in facts and "size" in facts:  # a checkpoint from before there were looks
-        frozen = facts.get("settings", {}).get("frozen")
+        settings = facts.get("settings", {})
         facts |= dict(looks=[facts["size"]], accuracies={looks_key([facts["size"]]): facts.get("accuracy")},
-                      accuracy_on="held-out train" if facts.get("settings", {}).get("holdout") else "val",
-                      accuracy_n=None, how="only its last layer trained" if frozen else "trained")
+                      accuracy_on="held-out train" if settings.get("holdout") else "val", accuracy_n=None,
+                      how="only its last layer trained" if settings.get("frozen") else "trained")
     if "looks" in facts:
         facts["looks"] = sorted(looks or facts["looks"])
         facts["size"] = facts["looks"][-1]
