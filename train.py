@@ -73,8 +73,8 @@ def default_looks(arch, size):
     The CNN looks from further off and closer too; a pretrained network, whose cells are 32 px wide, gains by looking
     closer alone. Multiples of the cell's width leave no cell half empty.
     """
-    factors, cell = ((2 / 3, 1, 4 / 3), 8) if arch == "cnn" else ((1, 10 / 7), 32)
-    return tuple(sorted({size if factor == 1 else max(cell, round(factor * size / cell) * cell) for factor in factors}))
+    factors, cell = ((2 / 3, 4 / 3), 8) if arch == "cnn" else ((10 / 7,), 32)
+    return tuple(sorted({size, *(max(cell, round(factor * size / cell) * cell) for factor in factors)}))
 
 
 class TrainError(Exception):
@@ -116,9 +116,8 @@ class Precision(NamedTuple):
 def choose_device(name):
     """The torch.device called `name`; "auto" takes the best there is. Raises TrainError."""
     if name == "auto":
-        several = WORLD > 1  # on MPS, processes cannot add up their gradients
-        name = "cuda" if torch.cuda.is_available() else (
-            "mps" if torch.backends.mps.is_available() and not several else "cpu")
+        mps = torch.backends.mps.is_available() and WORLD == 1  # there, processes cannot add up their gradients
+        name = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
     if WORLD > 1 and name.startswith("cuda:"):
         raise TrainError(f"--device {name} would put all {WORLD} processes on one GPU: use --device cuda")
     try:
