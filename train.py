@@ -745,11 +745,7 @@ def main():
     recipe, options = parse_arguments()
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="backslashreplace")  # a name that this terminal has no letters for
-
-    def stop(*_):
-        raise KeyboardInterrupt
-
-    signal.signal(signal.SIGTERM, stop)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
     try:
         train(recipe, options)
     except KeyboardInterrupt:
