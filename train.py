@@ -292,13 +292,12 @@ def train_epoch(network, batches, plan, optimizer, scaler, precision, smoothing=
 def evaluate(network, batches, precision, classes):
     """Sums over the photos of each of `classes` classes: cross-entropy, right answers, photos. (3, classes)."""
     network.eval()
-    totals = None
+    totals = torch.zeros(3, classes, device=next(network.parameters()).device)
     for x, labels in batches:
         with torch.autocast(x.device.type, precision.dtype, enabled=precision.dtype is not None):
             logits = network(x).float()
         loss = F.cross_entropy(logits, labels, reduction="none")
         each = torch.stack([loss, (logits.argmax(1) == labels).float(), torch.ones_like(loss)])  # (3, B)
-        totals = each.new_zeros(3, classes) if totals is None else totals
         totals.index_add_(1, labels, each)
     return totals
 
@@ -313,16 +312,15 @@ def stored_features(network, photos, size, precision, mirrored):
     Returns (1 or 2, N, C) float32, averaged over the map, and labels (N,), both on the photos' device. With all but
     the last layer frozen, training asks no more of a photo, in any epoch.
     """
-    frozen, stored, every_label, done, started = models.fold_norms(network).features, [], [], 0, time.time()
+    frozen, stored, done, started = models.fold_norms(network).features, [], 0, time.time()
     batch_size = 16 if photos.device.type == "cpu" else 256  # photos at once
-    for x, labels in data.eval_batches(photos, size, batch_size):
+    for x, _ in data.eval_batches(photos, size, batch_size):
         with torch.autocast(x.device.type, precision.dtype, enabled=precision.dtype is not None):
-            sides = [x, x.flip(3)] if mirrored else [x]
-            stored.append(torch.stack([frozen(side).float().mean((2, 3)) for side in sides]))
-        every_label.append(labels)
+            views = [x, x.flip(3)] if mirrored else [x]
+            stored.append(torch.stack([frozen(view).float().mean((2, 3)) for view in views]))
         done += len(x)
         data.progress("features:", done, len(photos), started, "photos")
-    return torch.cat(stored, 1), torch.cat(every_label)
+    return torch.cat(stored, 1), photos.labels.to(photos.device)
 
 
 # ---------------------------------------------------------------- a run: its files, its place in time
