@@ -326,26 +326,26 @@ def stored_features(network, photos, size, precision, mirrored):
 # ---------------------------------------------------------------- a run: its files, its place in time
 
 
-def draw_curves(rows, path, width=900, height=380):
+def draw_curves(rows, path):
     """Loss and accuracy of every epoch as two small diagrams, with PIL."""
-    image = Image.new("RGB", (width, height), "white")
+    image = Image.new("RGB", (900, 380), "white")
     pen, font = ImageDraw.Draw(image), ImageFont.load_default(15)
     colours = {"train": (0, 114, 178), "val": (213, 94, 0)}  # blue and vermilion: distinct to colour-blind eyes
-    for panel, quantity in enumerate(("loss", "accuracy")):
-        left, top, right, bottom = panel * width // 2 + 60, 50, (panel + 1) * width // 2 - 20, height - 50
-        top_value = 1.0 if quantity == "accuracy" else max(max(r["train_loss"], r["val_loss"]) for r in rows)
+    top, bottom = 50, 330
+    highest_loss = max(max(row["train_loss"], row["val_loss"]) for row in rows)
+    panels = [("loss", 60, 430, highest_loss, "{:.2f}"), ("accuracy", 510, 880, 1.0, "{:.0%}")]
+    for quantity, left, right, highest, style in panels:
         pen.text((left, 16), quantity, "black", font)
         for tick in range(5):
             y = bottom - (bottom - top) * tick / 4
             pen.line((left, y, right, y), (225, 225, 225))
-            label = f"{tick / 4:.0%}" if quantity == "accuracy" else f"{top_value * tick / 4:.2f}"
-            pen.text((left - 8, y), label, "black", font, anchor="rm")
+            pen.text((left - 8, y), style.format(highest * tick / 4), "black", font, anchor="rm")
         for place, (split, colour) in enumerate(colours.items()):
-            values = [float(r[f"{split}_{quantity}"]) for r in rows]
-            xs = [left + (right - left) * (i + 1) / len(values) for i in range(len(values))]
-            line = [(x, bottom - (bottom - top) * min(v / top_value, 1)) for x, v in zip(xs, values, strict=True)]
+            line = [(left + (right - left) * row["epoch"] / len(rows),
+                     bottom - (bottom - top) * row[f"{split}_{quantity}"] / highest) for row in rows]
             pen.line(line, colour, 2, joint="curve")
-            pen.ellipse((line[-1][0] - 3, line[-1][1] - 3, line[-1][0] + 3, line[-1][1] + 3), colour)
+            x, y = line[-1]
+            pen.ellipse((x - 3, y - 3, x + 3, y + 3), colour)
             pen.text((right - 110 + 60 * place, 16), split, colour, font)
         pen.text((right, bottom + 8), f"epoch {rows[-1]['epoch']}", "black", font, anchor="ra")
         pen.text((left, bottom + 8), "0", "black", font)
