@@ -375,26 +375,22 @@ def resume(folder, settings):
     """The state in last.pt of `folder`, or None where a run begins. Raises TrainError where it is another run's, or
     where half of what a run leaves is missing: best weights are never overwritten by a run that does not know them."""
     last, best = folder / "last.pt", folder / "best.pt"
-    if not last.exists() and not best.exists():
-        return None
     try:
-        contents = models.read(best) if best.exists() else {}
-        if not last.exists() and (contents.get("settings"), contents.get("epoch")) == (settings, 1):
-            return None  # killed between its first best.pt and its first last.pt
-        for path, other in ((last, best), (best, last)):
-            if not path.exists():
-                raise TrainError(f"{path} is gone, and {other} is there: put it back, give this run a --name of its "
-                                 f"own, or remove {folder} to train again")
-        state = models.read(last)
+        state, kept = (models.read(path) if path.exists() else None for path in (last, best))
     except models.ModelError as error:
         raise TrainError(f"{error}; a copy may be put in its place, or remove {folder} to train again") from error
+    if state is None and (kept is None or (kept.get("settings"), kept.get("epoch")) == (settings, 1)):
+        return None  # a new run, or one that was killed between its first best.pt and its first last.pt
+    for path, contents, other in ((last, state, best), (best, kept, last)):
+        if contents is None:
+            raise TrainError(f"{path} is gone, and {other} is there: put it back, give this run a --name of its own, "
+                             f"or remove {folder} to train again")
     known = {"settings", "rows", "network", "average", "optimizer", "scaler"}
     if not isinstance(state, dict) or not state.keys() >= known:
         raise TrainError(f"{last} is no last.pt that train.py wrote: remove it, or give this run a --name of its own")
     old = state["settings"]
-    differ = [f"{k} {old.get(k)} there, {new} here" for k, new in settings.items() if old.get(k) != new and k != "data"]
-    if old.get("data") != settings["data"]:
-        differ.append("data: the photos are others, or have changed")
+    differ = ["data: the photos are others, or have changed" if key == "data" else
+              f"{key} {old.get(key)} there, {value} here" for key, value in settings.items() if old.get(key) != value]
     if differ:
         raise TrainError(f"{folder} holds a run of other settings ({'; '.join(differ)}): repeat them to go on "
                          "with it, give this one a --name of its own, or remove the folder")
