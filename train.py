@@ -583,14 +583,13 @@ def run_epochs(folder, recipe, network, batches, count, facts, state, precision)
         losses, correct, seen = train_epoch(parallel, train_batches(epoch), plan, optimizer, scaler, precision,
                                             recipe.smoothing, average)
         losses = sum_over_processes(losses) / WORLD
-        check_finite(losses, folder, epoch)
         correct, seen = sum_over_processes(torch.stack([correct, torch.tensor(seen, device=device)])).tolist()
         speed = seen / (time.perf_counter() - started)
         for buffer in [*module.buffers(), *average.module.buffers()] if WORLD > 1 else ():
             torch.distributed.broadcast(buffer, 0)  # each has statistics of its own; rank 0's are those that are saved
-        totals = sum_over_processes(evaluate(average.module, val_batches(epoch), precision, len(facts["classes"])))
-        scores = val_scores(totals)
-        check_finite(torch.tensor([scores["val_loss"]]), folder, epoch)
+        totals = evaluate(average.module, val_batches(epoch), precision, len(facts["classes"]))
+        scores = val_scores(sum_over_processes(totals))
+        check_finite([*losses.tolist(), scores["val_loss"]], folder, epoch)
         looks = recipe.looks if recipe.training == "head" else [sides(recipe, epoch)[1]]
         rows.append(dict(epoch=epoch + 1, size=models.looks_key(looks), train_loss=round(float(losses.mean()), 4),
                          train_accuracy=round(correct / seen, 5), **scores, lr=round(plan[0][0], 6),
@@ -603,9 +602,10 @@ def run_epochs(folder, recipe, network, batches, count, facts, state, precision)
 
 
 def check_finite(losses, folder, epoch):
-    """Raise TrainError where one of an epoch's losses, of its steps or of validation, is no finite number."""
-    if not losses.isfinite().all():
-        where = f"step {int((~losses.isfinite()).nonzero()[0]) + 1}" if len(losses) > 1 else "validation"
+    """Raise TrainError where one of an epoch's losses, of each step and then of validation, is no finite number."""
+    bad = [step for step, loss in enumerate(losses, 1) if not math.isfinite(loss)]
+    if bad:
+        where = f"step {bad[0]}" if bad[0] < len(losses) else "validation"
         raise TrainError(f"the loss is not finite in epoch {epoch + 1}, {where}: use a smaller --lr; what is in "
                          f"{folder} is still of epoch {epoch}")
 
