@@ -572,7 +572,7 @@ def run_epochs(folder, recipe, network, batches, count, facts, state, precision)
     if state:
         averaged.load_state_dict(state["average"])
         optimizer.load_state_dict(state["optimizer"])
-        if state["scaler"] and precision.scale:  # empty where the run began on a device that needs none
+        if state["scaler"]:  # empty where the run began on a device that needs none
             scaler.load_state_dict(state["scaler"])
     parallel = torch.nn.parallel.DistributedDataParallel(module) if WORLD > 1 else module
     for epoch in range(len(rows), recipe.epochs):
@@ -585,8 +585,9 @@ def run_epochs(folder, recipe, network, batches, count, facts, state, precision)
         losses = sum_over_processes(losses) / WORLD
         correct, seen = sum_over_processes(torch.stack([correct, torch.tensor(seen, device=device)])).tolist()
         speed = seen / (time.perf_counter() - started)
-        for buffer in [*module.buffers(), *average.module.buffers()] if WORLD > 1 else ():
-            torch.distributed.broadcast(buffer, 0)  # each has statistics of its own; rank 0's are those that are saved
+        if WORLD > 1:  # each has statistics of its own; rank 0's are those that are saved
+            for buffer in (*module.buffers(), *average.module.buffers()):
+                torch.distributed.broadcast(buffer, 0)
         totals = evaluate(average.module, val_batches(epoch), precision, len(facts["classes"]))
         scores = val_scores(sum_over_processes(totals))
         check_finite([*losses.tolist(), scores["val_loss"]], folder, epoch)
