@@ -493,22 +493,19 @@ def prepare_photos(recipe, source, skip_bad, few, device):
     return photos, val
 
 
-def prepare_network(recipe, count, classes):
-    """A new network for `count` photos of `classes` classes, what is frozen frozen. Raises TrainError, ModelError."""
+def prepare_network(recipe, photos):
+    """A new network to be trained on `photos`, what is frozen frozen. Raises TrainError, ModelError."""
     torch.manual_seed(recipe.seed)
-    network = models.build(recipe.arch, classes, recipe.weights, recipe.width)
-    check_sizes(network, recipe, count)
+    network = models.build(recipe.arch, len(photos.classes), recipe.weights, recipe.width)
+    check_sizes(network, recipe, len(photos))
     if recipe.training == "head":
         network = models.with_looks(network, recipe.looks)
         network.features.requires_grad_(False)
+    elif recipe.training == "scratch":
+        seeded = torch.Generator().manual_seed(recipe.seed)
+        crops, _ = next(data.train_batches(photos, recipe.crop, 256, seeded, plain=recipe.plain_crop))
+        models.whiten(network, crops)
     return network
-
-
-def whiten(network, recipe, photos):
-    """Compute the first layer of the CNN from crops of `photos`, and freeze it."""
-    seeded = torch.Generator().manual_seed(recipe.seed)
-    crops, _ = next(data.train_batches(photos, recipe.crop, 256, seeded, plain=recipe.plain_crop))
-    models.whiten(network, crops)
 
 
 @torch.no_grad()
@@ -617,8 +614,8 @@ def save_epoch(folder, rows, averaged, facts, state):
     best.pt, only where this epoch is the best: the network `averaged` and `facts`; last.pt: `state`, all that is needed
     to go on; the log.
     """
-    row, before = rows[-1], [row["val_accuracy"] for row in rows[:-1]]
-    best = row["val_accuracy"] > max(before, default=-1)
+    row = rows[-1]
+    best = row is best_row(rows)
     if best:
         models.save(folder / "best.pt", averaged, **facts, epoch=len(rows),
                     accuracies={row["size"]: row["val_accuracy"]})
@@ -632,6 +629,11 @@ def save_epoch(folder, rows, averaged, facts, state):
           f"{left // 60:.0f}:{left % 60:02.0f} left", flush=True)
 
 
+def best_row(rows):
+    """The first row of the log with the highest accuracy: that of best.pt."""
+    return max(rows, key=lambda row: row["val_accuracy"])
+
+
 def val_scores(totals):
     """The columns of the log that follow from the sums (3, K) of `evaluate`. The accuracy of the classes is the mean of
     each class's own, which classes of few photos count in as much as those of many."""
@@ -642,31 +644,25 @@ def val_scores(totals):
                 val_class_accuracy=round(float((right[there] / photos[there]).mean()), 5))
 
 
-def finish(folder, rows, val, device, precision):
+def finish(folder, rows, val, precision):
     """Write result.json, the last file of a run; best.pt gets the accuracy of all its looks, if training saw one."""
     contents = models.read(folder / "best.pt")
     key = models.looks_key(contents["looks"])
     if key not in contents["accuracies"]:
-        network, facts = models.load(folder / "best.pt", device)
+        network, facts = models.load(folder / "best.pt", val.device)
         totals = evaluate(network, data.eval_batches(val, facts["size"], 64), precision, len(facts["classes"]))
         contents["accuracies"][key] = val_scores(totals)["val_accuracy"]
         models.write(folder / "best.pt", contents)
     write_log(folder, rows)  # a run may have been killed right after its last last.pt
-    best = max(rows, key=lambda row: row["val_accuracy"])
+    best, last = best_row(rows), rows[-1]
     passed = next((row["epoch"] for row in rows if row["val_accuracy"] >= PASSED), None)
     began = json.loads((folder / "config.json").read_text())
     write(folder / "result.json", json.dumps(dict(
-        best_accuracy=best["val_accuracy"], best_epoch=best["epoch"], last_accuracy=rows[-1]["val_accuracy"],
+        best_accuracy=best["val_accuracy"], best_epoch=best["epoch"], last_accuracy=last["val_accuracy"],
         accuracies=contents["accuracies"], accuracy_on=contents["accuracy_on"], accuracy_n=contents["accuracy_n"],
         epochs_to_72=passed, seconds_to_72=passed and round(sum(row["seconds"] for row in rows[:passed]), 1),
         seconds=round(sum(row["seconds"] for row in rows), 1), **began), indent=1).encode())
-
-
-def describe_training(recipe):
-    """In a phrase, what was trained."""
-    if recipe.training == "head":
-        return "only its last layer trained"
-    return "every layer fine-tuned" if recipe.weights else "trained from scratch"
+    print(f"{folder}: best {best['val_accuracy']:.2%} (epoch {best['epoch']}), last {last['val_accuracy']:.2%}")
 
 
 def train(recipe, options):
@@ -684,55 +680,49 @@ def train(recipe, options):
     if min(len(val), *map(len, data.shuffled(len(photos), recipe.batch_size, None))) < WORLD:
         raise TrainError(f"{WORLD} processes are more than a batch or val has photos: use a larger --batch-size than "
                          f"{recipe.batch_size}, or fewer processes")
-    network = prepare_network(recipe, len(photos), len(photos.classes))
+    network = prepare_network(recipe, photos)
     folder = Path(options.runs).expanduser() / options.name
     if RANK == 0:
         folder.mkdir(parents=True, exist_ok=True)
     with contextlib.nullcontext() if RANK else data.lock(folder / "run", wait=False):
-        rows, before = run(folder, recipe, network, photos, val, device, precision, options.dry_run)
-    if RANK == 0:
-        best = max(rows, key=lambda row: row["val_accuracy"])
-        print(f"{folder}: best {best['val_accuracy']:.2%} (epoch {best['epoch']}), last {rows[-1]['val_accuracy']:.2%}"
-              + ("; all epochs are done, nothing to do" if before == recipe.epochs else ""))
+        run(folder, recipe, network, photos, val, precision, options.dry_run)
     if WORLD > 1:
         torch.distributed.destroy_process_group()
 
 
-def run(folder, recipe, network, photos, val, device, precision, dry_run):
-    """Train the run of `folder` to its end. Returns the rows of its log, and how many epochs were done before."""
+def run(folder, recipe, network, photos, val, precision, dry_run):
+    """Train the run of `folder` to its end."""
     settings = dict(asdict(recipe), looks=list(recipe.looks), photos=[len(photos), len(val)],
                     data=[photos.fingerprint, val.fingerprint])
     state = None if dry_run else resume(folder, settings)
-    before = len(state["rows"]) if state else 0
-    finished = before == recipe.epochs
-    if recipe.training == "scratch" and not finished:
-        whiten(network, recipe, photos)
-    network = network.to(device, memory_format=precision.memory_format)
+    rows = state["rows"] if state else []
+    device = photos.device.type
+    network = network.to(photos.device, memory_format=precision.memory_format)
     if state:
         network.load_state_dict(state["network"])
+    parameters = sum(p.numel() for p in network.parameters())
     if RANK == 0:
-        print(f"{folder}: {recipe.arch}, {sum(p.numel() for p in network.parameters()) / 1e6:.1f} million parameters, "
-              f"{device.type}, {precision.name}, {len(photos):,} photos to train on, {len(val):,} to validate on"
-              + (f"; {before} of {recipe.epochs} epochs are done" if before else ""), flush=True)
-    if finished:
-        rows = state["rows"]
-    else:
+        print(f"{folder}: {recipe.arch}, {parameters / 1e6:.1f} million parameters, {device}, {precision.name}, "
+              f"{len(photos):,} photos to train on, {len(val):,} to validate on"
+              + (f"; {len(rows)} of {recipe.epochs} epochs are done" if rows else ""), flush=True)
+    if len(rows) < recipe.epochs:
         if RANK == 0:
             for part in folder.glob("*.part"):  # of a run that was killed, for this one holds the lock
                 part.unlink(missing_ok=True)
             write(folder / "config.json", json.dumps(dict(
                 command=shlex.join(["python", Path(sys.argv[0]).name, *sys.argv[1:]]), recipe=settings,
-                parameters=sum(p.numel() for p in network.parameters()), device=device.type, precision=precision.name,
-                threads=torch.get_num_threads(), processes=WORLD, machine=models.machine()), indent=1).encode())
+                parameters=parameters, device=device, precision=precision.name, threads=torch.get_num_threads(),
+                processes=WORLD, machine=models.machine()), indent=1).encode())
             (folder / "result.json").unlink(missing_ok=True)  # it says that a run has ended
+        how = ("only its last layer trained" if recipe.training == "head" else
+               "every layer fine-tuned" if recipe.weights else "trained from scratch")
         facts = dict(arch=recipe.arch, classes=photos.classes, mean=data.MEAN, std=data.STD, looks=list(recipe.looks),
-                     how=describe_training(recipe), accuracy_on="held-out train" if recipe.holdout else "val",
-                     accuracy_n=len(val), settings=settings)
+                     how=how, accuracy_on="held-out train" if recipe.holdout else "val", accuracy_n=len(val),
+                     settings=settings)
         batches = make_batches(recipe, network, photos, val, precision)
         rows = run_epochs(folder, recipe, network, batches, len(photos), facts, state, precision)
     if RANK == 0:
-        finish(folder, rows, val, device, precision)
-    return rows, before
+        finish(folder, rows, val, precision)
 
 
 def main():

@@ -923,7 +923,7 @@ def test_a_head_learns_from_the_mean_of_its_looks(demo, tmp_path):
     more = ["--weights", "none", "--looks", "32,64"]
     recipe, _ = train.parse_arguments(arguments(demo, tmp_path, *more, arch="resnet18"))
     photos = data.load(demo, "val")
-    network = train.prepare_network(recipe, len(photos), 10)
+    network = train.prepare_network(recipe, photos)
     assert not any(p.requires_grad for p in network.features.parameters())
     stored, _ = train.stored_features(network, photos, 64, FLOAT32, mirrored=False)
     assert torch.allclose(stored[0], features_of(network, photos, 64, False), rtol=1e-4, atol=1e-4)
