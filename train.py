@@ -22,6 +22,7 @@ import shlex
 import signal
 import sys
 import time
+from collections import defaultdict
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import NamedTuple
@@ -209,12 +210,13 @@ class Muon(torch.optim.Optimizer):
 
     def __init__(self, network, lr, weight_decay, momentum=0.9, dtype=torch.float32):
         self.dtype = dtype  # what the orthogonalisation computes in
-        banks, plain = {}, []
+        banks, plain = defaultdict(list), []
         for p in network.parameters():
             if p.requires_grad:
-                (banks.setdefault(p.shape, []) if p.ndim == 4 and p.shape[1] > 3 else plain).append(p)
-        groups = [dict(params=same, orthogonal=True, scale=1.0, weight_decay=weight_decay) for same in banks.values()]
-        groups += [dict(params=plain, orthogonal=False, scale=PLAIN_LR, weight_decay=0.0)] if plain else []
+                alike = banks[p.shape] if p.ndim == 4 and p.shape[1] > 3 else plain
+                alike.append(p)
+        groups = [dict(params=bank, orthogonal=True, scale=1.0, weight_decay=weight_decay) for bank in banks.values()]
+        groups.append(dict(params=plain, orthogonal=False, scale=PLAIN_LR, weight_decay=0.0))
         super().__init__(groups, dict(lr=lr, momentum=momentum))
 
     @torch.no_grad()
