@@ -464,8 +464,10 @@ def parse_arguments(arguments=None):
     given = {field.name: getattr(options, field.name) for field in fields(Recipe) if field.name in options}
     values = DEFAULTS[training] | given | dict(training=training, weights=None if weights == "none" else weights)
     values.setdefault("looks", default_looks(options.arch, values["size"]))
-    values["epochs"] = 1 if options.dry_run else values["epochs"]
-    options.name = getattr(options, "name", options.arch) + "-dry-run" * options.dry_run
+    options.name = getattr(options, "name", options.arch)
+    if options.dry_run:
+        values["epochs"] = 1
+        options.name += "-dry-run"
     return Recipe(**values), options
 
 
@@ -490,8 +492,9 @@ def prepare_photos(recipe, source, skip_bad, few, device):
                   "is that of photos learnt by heart", file=sys.stderr)
     if recipe.plain_crop:  # photos that are too small are refused now, not in the middle of an epoch
         data.plain_boxes(photos, torch.arange(len(photos)), recipe.crop, torch.Generator())
-    seeded = torch.Generator().manual_seed(0)
-    photos, val = (p.subset(torch.randperm(len(p), generator=seeded)[:few]) if few else p for p in (photos, val))
+    if few:
+        seeded = torch.Generator().manual_seed(0)
+        photos, val = (split.subset(torch.randperm(len(split), generator=seeded)[:few]) for split in (photos, val))
     return photos, val
 
 
@@ -533,12 +536,12 @@ def make_batches(recipe, network, photos, val, precision):
     train_batches(epoch) and val_batches(epoch) yield (x, labels) for `module`. Where all but the last layer is frozen,
     the module is the last layer and x are stored features; else it is the network and x are images.
     """
-    part, val = (RANK, WORLD), val.subset(torch.arange(RANK, len(val), WORLD))
+    val = val.subset(torch.arange(RANK, len(val), WORLD))
     if recipe.training != "head":
         def train_batches(epoch):
             generator = torch.Generator().manual_seed(epoch_seed(recipe, epoch))
             return data.train_batches(photos, sides(recipe, epoch)[0], recipe.batch_size, generator, least_area(recipe),
-                                      recipe.plain_crop, part, precision.products)
+                                      recipe.plain_crop, (RANK, WORLD), precision.products)
 
         return network, train_batches, lambda epoch: data.eval_batches(val, sides(recipe, epoch)[1], 128)
 
