@@ -172,6 +172,11 @@ def least_area(recipe):
     return recipe.epochs**-0.5
 
 
+def batch_lengths(recipe, count):
+    """How many photos the batches of an epoch have, of `count` in all."""
+    return [len(index) for index in data.shuffled(count, recipe.batch_size, None)]
+
+
 def epoch_seed(recipe, epoch):
     """The number from which all chance in an epoch follows, also after a kill."""
     return 1_000_003 * recipe.seed + epoch
@@ -518,7 +523,7 @@ def check_sizes(network, recipe, count):
     """Raise TrainError where `network` cannot take images of the recipe's sizes, or the smallest batch of `count`
     photos. Only small images can be too small: of 96 px at most are tried."""
     network = copy.deepcopy(network)  # a pass in training mode changes the statistics of batch normalisation
-    smallest = min(2, min(map(len, data.shuffled(count, recipe.batch_size, None))) // WORLD)
+    smallest = min(2, min(batch_lengths(recipe, count)) // WORLD)
     crop, size = sides(recipe, 0)
     passes = [("--crop", crop, smallest, True)] if recipe.training != "head" else []
     passes += [("--size or --looks", side, 1, False) for side in {size, *recipe.looks}]
@@ -564,7 +569,7 @@ def run_epochs(folder, recipe, network, batches, count, facts, state, precision)
     `save_epoch`."""
     module, train_batches, val_batches = batches
     device = next(module.parameters()).device
-    lengths = [len(index) for index in data.shuffled(count, recipe.batch_size, None)]
+    lengths = batch_lengths(recipe, count)
     steps = len(lengths)
     rows = state["rows"] if state else []
     optimizer = Muon(module, recipe.lr, recipe.weight_decay, dtype=precision.products)
@@ -606,8 +611,7 @@ def run_epochs(folder, recipe, network, batches, count, facts, state, precision)
 
 def check_finite(losses, folder, epoch):
     """Raise TrainError where one of an epoch's losses, of each step and then of validation, is no finite number."""
-    bad = [step for step, loss in enumerate(losses, 1) if not math.isfinite(loss)]
-    if bad:
+    if bad := [step for step, loss in enumerate(losses, 1) if not math.isfinite(loss)]:
         where = f"step {bad[0]}" if bad[0] < len(losses) else "validation"
         raise TrainError(f"the loss is not finite in epoch {epoch + 1}, {where}: use a smaller --lr; what is in "
                          f"{folder} is still of epoch {epoch}")
@@ -682,7 +686,7 @@ def train(recipe, options):
         torch.distributed.init_process_group("nccl" if nccl else "gloo")
     few = 2 * recipe.batch_size if options.dry_run else None
     photos, val = prepare_photos(recipe, options.data, options.skip_bad, few, device)
-    if min(len(val), *map(len, data.shuffled(len(photos), recipe.batch_size, None))) < WORLD:
+    if min(len(val), *batch_lengths(recipe, len(photos))) < WORLD:
         raise TrainError(f"{WORLD} processes are more than a batch or val has photos: use a larger --batch-size than "
                          f"{recipe.batch_size}, or fewer processes")
     network = prepare_network(recipe, photos)
