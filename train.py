@@ -182,7 +182,7 @@ def epoch_seed(recipe, epoch):
     return 1_000_003 * recipe.seed + epoch
 
 
-def orthogonalise(matrices, dtype=torch.float32, steps=3):
+def orthogonalise(matrices, dtype=torch.float32):
     """Roughly the orthogonal matrix nearest to each of `matrices` (..., m, n): its singular vectors, large singular
     values near 1.
 
@@ -195,7 +195,7 @@ def orthogonalise(matrices, dtype=torch.float32, steps=3):
     x = (x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)).to(dtype)
     gram = x @ x.mT  # (..., m, m)
     product = torch.eye(gram.shape[-1], dtype=dtype, device=x.device)
-    for _ in range(steps):
+    for _ in range(3):
         polynomial = -4.7750 * gram + 2.0315 * (gram @ gram)
         polynomial.diagonal(dim1=-2, dim2=-1).add_(3.4445)
         product = polynomial @ product
@@ -223,6 +223,9 @@ class Muon(torch.optim.Optimizer):
         groups = [dict(params=bank, orthogonal=True, scale=1.0, weight_decay=weight_decay) for bank in banks.values()]
         groups.append(dict(params=plain, orthogonal=False, scale=PLAIN_LR, weight_decay=0.0))
         super().__init__(groups, dict(lr=lr, momentum=momentum))
+        for group in self.param_groups:
+            for p in group["params"]:
+                self.state[p]["velocity"] = torch.zeros_like(p)
 
     @torch.no_grad()
     def step(self):
@@ -230,9 +233,6 @@ class Muon(torch.optim.Optimizer):
         for group in self.param_groups:
             parameters, rate, momentum = group["params"], group["lr"] * group["scale"], group["momentum"]
             gradients = [p.grad for p in parameters]
-            for p in parameters:
-                if not self.state[p]:
-                    self.state[p]["velocity"] = torch.zeros_like(p)
             velocities = [self.state[p]["velocity"] for p in parameters]
             torch._foreach_mul_(velocities, momentum)
             torch._foreach_add_(velocities, gradients)
