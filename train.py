@@ -316,8 +316,7 @@ def evaluate(network, batches, precision, classes):
 def stored_features(network, photos, size, precision, mirrored):
     """What the frozen part of `network` says of every photo at `size` px and, if `mirrored`, of its mirror image.
 
-    Returns (1 or 2, N, C) float32, averaged over the map, and labels (N,), both on the photos' device. With all but
-    the last layer frozen, training asks no more of a photo, in any epoch.
+    Returns (1 or 2, N, C) float32, averaged over the map, and labels (N,), both on the photos' device.
     """
     frozen, stored, done, started = models.fold_norms(network).features, [], 0, time.time()
     batch_size = 16 if photos.device.type == "cpu" else 256  # photos at once
@@ -388,10 +387,10 @@ def resume(folder, settings):
         raise TrainError(f"{error}; a copy may be put in its place, or remove {folder} to train again") from error
     if state is None and (kept is None or (kept.get("settings"), kept.get("epoch")) == (settings, 1)):
         return None  # a new run, or one that was killed between its first best.pt and its first last.pt
-    for path, contents, other in ((last, state, best), (best, kept, last)):
-        if contents is None:
-            raise TrainError(f"{path} is gone, and {other} is there: put it back, give this run a --name of its own, "
-                             f"or remove {folder} to train again")
+    if state is None or kept is None:
+        gone, there = (last, best) if state is None else (best, last)
+        raise TrainError(f"{gone} is gone, and {there} is there: put it back, give this run a --name of its own, "
+                         f"or remove {folder} to train again")
     known = {"settings", "rows", "network", "average", "optimizer", "scaler"}
     if not isinstance(state, dict) or not state.keys() >= known:
         raise TrainError(f"{last} is no last.pt that train.py wrote: remove it, or give this run a --name of its own")
@@ -564,9 +563,9 @@ def make_batches(recipe, network, photos, val, precision):
 
 
 def run_epochs(folder, recipe, network, batches, count, facts, state, precision):
-    """Train from where `state` (of last.pt, or None) stands to the last epoch, `count` photos each. Returns the rows
-    of the log. What is validated and kept is the average of the weights. batches: of `make_batches`; facts: of
-    `save_epoch`."""
+    """Train from where `state` (of last.pt, or None) stands to the last epoch, `count` photos each. What is validated
+    and kept is the average of the weights. batches: of `make_batches`; facts: of `save_epoch`. Returns the log's rows.
+    """
     module, train_batches, val_batches = batches
     device = next(module.parameters()).device
     lengths = batch_lengths(recipe, count)
@@ -665,12 +664,12 @@ def finish(folder, rows, val, precision):
     write_log(folder, rows)  # a run may have been killed right after its last last.pt
     best, last = best_row(rows), rows[-1]
     passed = next((row["epoch"] for row in rows if row["val_accuracy"] >= PASSED), None)
-    began = json.loads((folder / "config.json").read_text())
+    config = json.loads((folder / "config.json").read_text())
     write(folder / "result.json", json.dumps(dict(
         best_accuracy=best["val_accuracy"], best_epoch=best["epoch"], last_accuracy=last["val_accuracy"],
         accuracies=contents["accuracies"], accuracy_on=contents["accuracy_on"], accuracy_n=contents["accuracy_n"],
         epochs_to_72=passed, seconds_to_72=passed and round(sum(row["seconds"] for row in rows[:passed]), 1),
-        seconds=round(sum(row["seconds"] for row in rows), 1), **began), indent=1).encode())
+        seconds=round(sum(row["seconds"] for row in rows), 1), **config), indent=1).encode())
     print(f"{folder}: best {best['val_accuracy']:.2%} (epoch {best['epoch']}), last {last['val_accuracy']:.2%}")
 
 
