@@ -69,11 +69,9 @@ DEFAULTS = {
 
 
 def default_looks(arch, size):
-    """The sizes (px) at which a photo is looked at when maps are made, for a network that is evaluated at `size`.
-
-    The CNN looks from further off and closer too; a pretrained network, whose cells are 32 px wide, gains by looking
-    closer alone. Multiples of the cell's width leave no cell half empty.
-    """
+    """The sizes (px) at which a photo is looked at when maps are made, for a network that is evaluated at `size`: from
+    further off and closer too by the CNN, closer alone by a pretrained network, as it gains by that alone. Multiples of
+    the width of a map's cell leave none half empty."""
     factors, cell = ((2 / 3, 4 / 3), 8) if arch == "cnn" else ((10 / 7,), 32)
     return tuple(sorted({size, *(max(cell, round(factor * size / cell) * cell) for factor in factors)}))
 
@@ -250,8 +248,8 @@ class Average:
     """A copy of a module that holds a mean of its weights, and of its batch normalisation's statistics, over the steps.
 
     Step t counts by t^15 (a power function: Karras et al. 2024): mostly the latest tenth of all steps so far, whenever
-    that is, so that there is nothing to tune to the length of a training. While the rate is high the mean is better
-    than the weights themselves; at the end, where the rate has fallen to zero, the two are alike.
+    that is, so that nothing is to be tuned to the length of a training. While the rate is high, it is better than the
+    weights themselves.
     """
 
     def __init__(self, module, steps=0):
@@ -314,10 +312,8 @@ def evaluate(network, batches, precision, classes):
 
 @torch.no_grad()
 def stored_features(network, photos, size, precision, mirrored):
-    """What the frozen part of `network` says of every photo at `size` px and, if `mirrored`, of its mirror image.
-
-    Returns (1 or 2, N, C) float32, averaged over the map, and labels (N,), both on the photos' device.
-    """
+    """What the frozen part of `network` says of every photo at `size` px and, if `mirrored`, of its mirror image:
+    (1 or 2, N, C) float32, averaged over the map, and labels (N,), both on the photos' device."""
     frozen, stored, done, started = models.fold_norms(network).features, [], 0, time.time()
     batch_size = 16 if photos.device.type == "cpu" else 256  # photos at once
     for x, _ in data.eval_batches(photos, size, batch_size):
@@ -563,9 +559,8 @@ def make_batches(recipe, network, photos, val, precision):
 
 
 def run_epochs(folder, recipe, network, batches, count, facts, state, precision):
-    """Train from where `state` (of last.pt, or None) stands to the last epoch, `count` photos each. What is validated
-    and kept is the average of the weights. batches: of `make_batches`; facts: of `save_epoch`. Returns the log's rows.
-    """
+    """Train from where `state` (of last.pt, or None) stands to the last epoch, `count` photos each; returns the rows of
+    the log. What is validated and kept is the average of the weights. batches: of `make_batches`."""
     module, train_batches, val_batches = batches
     device = next(module.parameters()).device
     lengths = batch_lengths(recipe, count)
@@ -617,11 +612,8 @@ def check_finite(losses, folder, epoch):
 
 
 def save_epoch(folder, rows, averaged, facts, state):
-    """Write what an epoch leaves behind, each file whole or not at all, and say so.
-
-    best.pt, only where this epoch is the best: the network `averaged` and `facts`; last.pt: `state`, all that is needed
-    to go on; the log.
-    """
+    """Write what an epoch leaves behind, each file whole or not at all, and say so: best.pt, where it is the best so
+    far, of the network `averaged` and `facts`; last.pt, of `state`, all that is needed to go on; the log."""
     row = rows[-1]
     best = row is best_row(rows)
     if best:
