@@ -69,9 +69,11 @@ DEFAULTS = {
 
 
 def default_looks(arch, size):
-    """The sizes (px) at which a photo is looked at when maps are made, for a network that is evaluated at `size`: from
-    further off and closer too by the CNN, closer alone by a pretrained network, as it gains by that alone. Multiples of
-    the width of a map's cell leave none half empty."""
+    """The sizes (px) at which photos are looked at when maps are made, by a network that is evaluated at `size`.
+
+    The CNN gains by looking from further off and closer, a pretrained network by looking closer alone. Multiples of the
+    width of a map's cell (8 or 32 px) leave no cell half empty.
+    """
     factors, cell = ((2 / 3, 4 / 3), 8) if arch == "cnn" else ((10 / 7,), 32)
     return tuple(sorted({size, *(max(cell, round(factor * size / cell) * cell) for factor in factors)}))
 
