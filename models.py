@@ -18,8 +18,8 @@ import pickle
 import platform
 import re
 import subprocess
-import urllib.error
 from collections import OrderedDict
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -71,8 +71,8 @@ def resize(x, size):
 
 
 def with_looks(network, sizes):
-    """A CAMNet of the same modules that looks at an image at all of `sizes` (px). One size needs no `Looks`: the
-    network itself, to be fed images of that size, or the network under the `Looks` that it has."""
+    """A CAMNet of the same modules that looks at an image at all of `sizes` (px), in place of the looks it may have.
+    One size needs no `Looks`: feed the network images of that size."""
     features = network.features.features if isinstance(network.features, Looks) else network.features
     return CAMNet(features if len(sizes) == 1 else Looks(features, sorted(sizes)), network.head)
 
@@ -191,9 +191,7 @@ def take_apart(network, arch):
                        if not isinstance(m, (nn.AdaptiveAvgPool2d, nn.Flatten, nn.Dropout)))
     if isinstance(network, torchvision_models.DenseNet):
         body["relu"] = nn.ReLU()  # a line of its forward, not a module
-    apart = CAMNet(nn.Sequential(body), steps[0])
-    if isinstance(body.get("features"), nn.Sequential) and len(body) == 1:
-        apart.features = body["features"]
+    apart = CAMNet(body["features"] if list(body) == ["features"] else nn.Sequential(body), steps[0])
     x = torch.randn(2, 3, 128, 128, generator=torch.Generator().manual_seed(0))
     try:
         with torch.no_grad():  # in how two images differ, by its own scale: a new network's logits can be 1e-14
@@ -209,21 +207,20 @@ def take_apart(network, arch):
 
 def download(arch):
     """torchvision's ImageNet weights of `arch`, verified by their checksum, kept in torch's own cache."""
+    weights = torchvision_models.get_model_weights(arch).DEFAULT
     try:
-        return torchvision_models.get_model_weights(arch).DEFAULT.get_state_dict(check_hash=True)
-    except (urllib.error.URLError, pickle.UnpicklingError, EOFError, RuntimeError, OSError) as error:
-        url = torchvision_models.get_model_weights(arch).DEFAULT.url
-        raise ModelError(f"cannot download the ImageNet weights of {arch} ({error}): fetch {url} elsewhere and name "
-                         "the file with --weights (WEIGHTS=)") from error
+        return weights.get_state_dict(check_hash=True)
+    except (pickle.UnpicklingError, EOFError, RuntimeError, OSError) as error:
+        raise ModelError(f"cannot download the ImageNet weights of {arch} ({error}): fetch {weights.url} elsewhere "
+                         "and name the file with --weights (WEIGHTS=)") from error
 
 
 def load_torchvision_state(network, state, source, arch):
     """Load a state dict of torchvision's key names, complete or without the last layer, and nothing else."""
     *_, (last, _) = network.named_children()
     own = network.state_dict()
-    if not isinstance(state, dict) or not all(
-        isinstance(k, str) and isinstance(v, torch.Tensor) for k, v in state.items()
-    ):
+    if not isinstance(state, dict) or not all(isinstance(k, str) and isinstance(v, torch.Tensor)
+                                              for k, v in state.items()):
         raise ModelError(f"{source} holds no state dict: it must be a file of torchvision's weights for {arch}")
     metadata = getattr(state, "_metadata", None)  # mnasnet asks for the version in it
     # densenet's files say denselayer1.norm.1 where its modules are named denselayer1.norm1
@@ -242,20 +239,13 @@ def load_torchvision_state(network, state, source, arch):
 def fold_norms(network):
     """A copy for inference in which every BatchNorm is folded into the convolution before it: faster, and equal up to
     rounding. An unfolded copy where folding would change what it computes."""
-
-    def fold(module):
-        """Fold in place, in `module` and all below it; children stand in the order of their use."""
-        children = list(module.named_children())
-        for (name, conv), (next_name, norm) in zip(children, children[1:], strict=False):
+    plain = copy.deepcopy(network).eval()
+    folded = copy.deepcopy(plain)
+    for module in list(folded.modules()):  # children stand in the order of their use
+        for (name, conv), (next_name, norm) in pairwise(list(module.named_children())):
             if isinstance(conv, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d):
                 setattr(module, name, fuse_conv_bn_eval(conv, norm))
                 setattr(module, next_name, nn.Identity())
-        for child in module.children():
-            fold(child)
-
-    plain = copy.deepcopy(network).eval()
-    folded = copy.deepcopy(plain)
-    fold(folded)
     weight = next(network.parameters())
     x = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0)).to(weight)
     with torch.no_grad(), torch.backends.cudnn.flags(enabled=True, allow_tf32=False):  # TF32 is too coarse
@@ -326,13 +316,13 @@ def write(path, contents):
 
 def read(path):
     """The contents of a file of tensors and plain types; anything that would run code is refused."""
-    if not Path(path).is_file():
-        what = "is a folder" if Path(path).is_dir() else "does not exist"
-        run, hint = Path(path).parent.name, ""
-        if Path(path).name == "best.pt":
-            known = run in torchvision_models.list_models()
-            hint = f" (`make {f'finetune ARCH={run}' if known else 'train-cnn'}` makes one)"
-        raise ModelError(f"{path} {what}{hint}: name a file that is there")
+    path = Path(path)
+    if not path.is_file():
+        what, run = "is a folder" if path.is_dir() else "does not exist", path.parent.name
+        if path.name == "best.pt":
+            command = f"finetune ARCH={run}" if run in torchvision_models.list_models() else "train-cnn"
+            what += f" (`make {command}` makes one)"
+        raise ModelError(f"{path} {what}: name a file that is there")
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except PermissionError:
@@ -352,7 +342,7 @@ def save(path, network, **facts):
     (names in the order of the labels), mean, std, looks (sizes in px at which photos are looked at), accuracies
     ({`looks_key`: share}), accuracy_on ("val" or "held-out train"), accuracy_n, how (it was trained), settings, epoch.
     """
-    plain = with_looks(network, [0])  # the state of the plain network: it may be looked through in other ways
+    plain = with_looks(network, [0])  # one look, and so no `Looks`: others may be taken when it is loaded
     write(path, {"format": "camnet-1", **facts, "state": plain.state_dict()})
 
 
@@ -368,20 +358,17 @@ def load(path, device="cpu", looks=None):
         raise ModelError(f"{path} is no checkpoint of this project: train.py writes them (runs/*/best.pt)")
     try:
         state = facts.pop("state")
-        classes, features = state["head.weight"].shape
-        if classes != len(facts["classes"]):
-            raise KeyError("classes")
-        facts["width"] = features // 2  # of a cnn
-        network = build(facts["arch"], classes, width=facts["width"])
+        facts["width"] = state["head.weight"].shape[1] // 2  # of a cnn
+        network = build(facts["arch"], len(facts["classes"]), width=facts["width"])
         network.load_state_dict(state)
-    except (AttributeError, KeyError, TypeError, RuntimeError) as error:
+    except (AttributeError, LookupError, TypeError, RuntimeError) as error:
         raise ModelError(f"{path} says it is a {facts.get('arch')}, but its contents are not that network's: "
                          "train it again, or name another file") from error
     if "looks" not in facts and "size" in facts:  # a checkpoint from before there were looks
-        frozen = facts.get("settings", {}).get("frozen")
+        settings = facts.get("settings", {})
         facts |= dict(looks=[facts["size"]], accuracies={looks_key([facts["size"]]): facts.get("accuracy")},
-                      accuracy_on="held-out train" if facts.get("settings", {}).get("holdout") else "val",
-                      accuracy_n=None, how="only its last layer trained" if frozen else "trained")
+                      accuracy_on="held-out train" if settings.get("holdout") else "val", accuracy_n=None,
+                      how="only its last layer trained" if settings.get("frozen") else "trained")
     if "looks" in facts:
         facts["looks"] = sorted(looks or facts["looks"])
         facts["size"] = facts["looks"][-1]

@@ -22,6 +22,7 @@ import shlex
 import signal
 import sys
 import time
+from collections import defaultdict
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import NamedTuple
@@ -68,13 +69,13 @@ DEFAULTS = {
 
 
 def default_looks(arch, size):
-    """The sizes (px) at which a photo is looked at when maps are made, for a network that is evaluated at `size`.
+    """The sizes (px) at which photos are looked at when maps are made, by a network that is evaluated at `size`.
 
-    The CNN looks from further off and closer too; a pretrained network, whose cells are 32 px wide, gains by looking
-    closer alone. Multiples of the cell's width leave no cell half empty.
+    The CNN gains by looking from further off and closer, a pretrained network by looking closer alone. Multiples of the
+    width of a map's cell (8 or 32 px) leave no cell half empty.
     """
-    factors, cell = ((2 / 3, 1, 4 / 3), 8) if arch == "cnn" else ((1, 10 / 7), 32)
-    return tuple(sorted({size if factor == 1 else max(cell, round(factor * size / cell) * cell) for factor in factors}))
+    factors, cell = ((2 / 3, 4 / 3), 8) if arch == "cnn" else ((10 / 7,), 32)
+    return tuple(sorted({size, *(max(cell, round(factor * size / cell) * cell) for factor in factors)}))
 
 
 class TrainError(Exception):
@@ -116,9 +117,8 @@ class Precision(NamedTuple):
 def choose_device(name):
     """The torch.device called `name`; "auto" takes the best there is. Raises TrainError."""
     if name == "auto":
-        several = WORLD > 1  # on MPS, processes cannot add up their gradients
-        name = "cuda" if torch.cuda.is_available() else (
-            "mps" if torch.backends.mps.is_available() and not several else "cpu")
+        mps = torch.backends.mps.is_available() and WORLD == 1  # there, processes cannot add up their gradients
+        name = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
     if WORLD > 1 and name.startswith("cuda:"):
         raise TrainError(f"--device {name} would put all {WORLD} processes on one GPU: use --device cuda")
     try:
@@ -172,12 +172,17 @@ def least_area(recipe):
     return recipe.epochs**-0.5
 
 
+def batch_lengths(recipe, count):
+    """How many photos the batches of an epoch have, of `count` in all."""
+    return [len(index) for index in data.shuffled(count, recipe.batch_size, None)]
+
+
 def epoch_seed(recipe, epoch):
     """The number from which all chance in an epoch follows, also after a kill."""
     return 1_000_003 * recipe.seed + epoch
 
 
-def orthogonalise(matrices, dtype=torch.float32, steps=3):
+def orthogonalise(matrices, dtype=torch.float32):
     """Roughly the orthogonal matrix nearest to each of `matrices` (..., m, n): its singular vectors, large singular
     values near 1.
 
@@ -190,7 +195,7 @@ def orthogonalise(matrices, dtype=torch.float32, steps=3):
     x = (x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)).to(dtype)
     gram = x @ x.mT  # (..., m, m)
     product = torch.eye(gram.shape[-1], dtype=dtype, device=x.device)
-    for _ in range(steps):
+    for _ in range(3):
         polynomial = -4.7750 * gram + 2.0315 * (gram @ gram)
         polynomial.diagonal(dim1=-2, dim2=-1).add_(3.4445)
         product = polynomial @ product
@@ -210,13 +215,17 @@ class Muon(torch.optim.Optimizer):
 
     def __init__(self, network, lr, weight_decay, momentum=0.9, dtype=torch.float32):
         self.dtype = dtype  # what the orthogonalisation computes in
-        banks, plain = {}, []
+        banks, plain = defaultdict(list), []
         for p in network.parameters():
             if p.requires_grad:
-                (banks.setdefault(p.shape, []) if p.ndim == 4 and p.shape[1] > 3 else plain).append(p)
-        groups = [dict(params=same, orthogonal=True, scale=1.0, weight_decay=weight_decay) for same in banks.values()]
-        groups += [dict(params=plain, orthogonal=False, scale=PLAIN_LR, weight_decay=0.0)] if plain else []
+                alike = banks[p.shape] if p.ndim == 4 and p.shape[1] > 3 else plain
+                alike.append(p)
+        groups = [dict(params=bank, orthogonal=True, scale=1.0, weight_decay=weight_decay) for bank in banks.values()]
+        groups.append(dict(params=plain, orthogonal=False, scale=PLAIN_LR, weight_decay=0.0))
         super().__init__(groups, dict(lr=lr, momentum=momentum))
+        for group in self.param_groups:
+            for p in group["params"]:
+                self.state[p]["velocity"] = torch.zeros_like(p)
 
     @torch.no_grad()
     def step(self):
@@ -224,9 +233,6 @@ class Muon(torch.optim.Optimizer):
         for group in self.param_groups:
             parameters, rate, momentum = group["params"], group["lr"] * group["scale"], group["momentum"]
             gradients = [p.grad for p in parameters]
-            for p in parameters:
-                if not self.state[p]:
-                    self.state[p]["velocity"] = torch.zeros_like(p)
             velocities = [self.state[p]["velocity"] for p in parameters]
             torch._foreach_mul_(velocities, momentum)
             torch._foreach_add_(velocities, gradients)
@@ -244,8 +250,8 @@ class Average:
     """A copy of a module that holds a mean of its weights, and of its batch normalisation's statistics, over the steps.
 
     Step t counts by t^15 (a power function: Karras et al. 2024): mostly the latest tenth of all steps so far, whenever
-    that is, so that there is nothing to tune to the length of a training. While the rate is high the mean is better
-    than the weights themselves; at the end, where the rate has fallen to zero, the two are alike.
+    that is, so that nothing is to be tuned to the length of a training. While the rate is high, it is better than the
+    weights themselves.
     """
 
     def __init__(self, module, steps=0):
@@ -293,13 +299,12 @@ def train_epoch(network, batches, plan, optimizer, scaler, precision, smoothing=
 def evaluate(network, batches, precision, classes):
     """Sums over the photos of each of `classes` classes: cross-entropy, right answers, photos. (3, classes)."""
     network.eval()
-    totals = None
+    totals = torch.zeros(3, classes, device=next(network.parameters()).device)
     for x, labels in batches:
         with torch.autocast(x.device.type, precision.dtype, enabled=precision.dtype is not None):
             logits = network(x).float()
         loss = F.cross_entropy(logits, labels, reduction="none")
         each = torch.stack([loss, (logits.argmax(1) == labels).float(), torch.ones_like(loss)])  # (3, B)
-        totals = each.new_zeros(3, classes) if totals is None else totals
         totals.index_add_(1, labels, each)
     return totals
 
@@ -309,46 +314,42 @@ def evaluate(network, batches, precision, classes):
 
 @torch.no_grad()
 def stored_features(network, photos, size, precision, mirrored):
-    """What the frozen part of `network` says of every photo at `size` px and, if `mirrored`, of its mirror image.
-
-    Returns (1 or 2, N, C) float32, averaged over the map, and labels (N,), both on the photos' device. With all but
-    the last layer frozen, training asks no more of a photo, in any epoch.
-    """
-    frozen, stored, every_label, done, started = models.fold_norms(network).features, [], [], 0, time.time()
+    """What the frozen part of `network` says of every photo at `size` px and, if `mirrored`, of its mirror image:
+    (1 or 2, N, C) float32, averaged over the map, and labels (N,), both on the photos' device."""
+    frozen, stored, done, started = models.fold_norms(network).features, [], 0, time.time()
     batch_size = 16 if photos.device.type == "cpu" else 256  # photos at once
-    for x, labels in data.eval_batches(photos, size, batch_size):
+    for x, _ in data.eval_batches(photos, size, batch_size):
         with torch.autocast(x.device.type, precision.dtype, enabled=precision.dtype is not None):
-            sides = [x, x.flip(3)] if mirrored else [x]
-            stored.append(torch.stack([frozen(side).float().mean((2, 3)) for side in sides]))
-        every_label.append(labels)
+            views = [x, x.flip(3)] if mirrored else [x]
+            stored.append(torch.stack([frozen(view).float().mean((2, 3)) for view in views]))
         done += len(x)
         data.progress("features:", done, len(photos), started, "photos")
-    return torch.cat(stored, 1), torch.cat(every_label)
+    return torch.cat(stored, 1), photos.labels.to(photos.device)
 
 
 # ---------------------------------------------------------------- a run: its files, its place in time
 
 
-def draw_curves(rows, path, width=900, height=380):
+def draw_curves(rows, path):
     """Loss and accuracy of every epoch as two small diagrams, with PIL."""
-    image = Image.new("RGB", (width, height), "white")
+    image = Image.new("RGB", (900, 380), "white")
     pen, font = ImageDraw.Draw(image), ImageFont.load_default(15)
     colours = {"train": (0, 114, 178), "val": (213, 94, 0)}  # blue and vermilion: distinct to colour-blind eyes
-    for panel, quantity in enumerate(("loss", "accuracy")):
-        left, top, right, bottom = panel * width // 2 + 60, 50, (panel + 1) * width // 2 - 20, height - 50
-        top_value = 1.0 if quantity == "accuracy" else max(max(r["train_loss"], r["val_loss"]) for r in rows)
+    top, bottom = 50, 330
+    highest_loss = max(max(row["train_loss"], row["val_loss"]) for row in rows)
+    panels = [("loss", 60, 430, highest_loss, "{:.2f}"), ("accuracy", 510, 880, 1.0, "{:.0%}")]
+    for quantity, left, right, highest, style in panels:
         pen.text((left, 16), quantity, "black", font)
         for tick in range(5):
             y = bottom - (bottom - top) * tick / 4
             pen.line((left, y, right, y), (225, 225, 225))
-            label = f"{tick / 4:.0%}" if quantity == "accuracy" else f"{top_value * tick / 4:.2f}"
-            pen.text((left - 8, y), label, "black", font, anchor="rm")
+            pen.text((left - 8, y), style.format(highest * tick / 4), "black", font, anchor="rm")
         for place, (split, colour) in enumerate(colours.items()):
-            values = [float(r[f"{split}_{quantity}"]) for r in rows]
-            xs = [left + (right - left) * (i + 1) / len(values) for i in range(len(values))]
-            line = [(x, bottom - (bottom - top) * min(v / top_value, 1)) for x, v in zip(xs, values, strict=True)]
+            line = [(left + (right - left) * row["epoch"] / len(rows),
+                     bottom - (bottom - top) * row[f"{split}_{quantity}"] / highest) for row in rows]
             pen.line(line, colour, 2, joint="curve")
-            pen.ellipse((line[-1][0] - 3, line[-1][1] - 3, line[-1][0] + 3, line[-1][1] + 3), colour)
+            x, y = line[-1]
+            pen.ellipse((x - 3, y - 3, x + 3, y + 3), colour)
             pen.text((right - 110 + 60 * place, 16), split, colour, font)
         pen.text((right, bottom + 8), f"epoch {rows[-1]['epoch']}", "black", font, anchor="ra")
         pen.text((left, bottom + 8), "0", "black", font)
@@ -378,26 +379,22 @@ def resume(folder, settings):
     """The state in last.pt of `folder`, or None where a run begins. Raises TrainError where it is another run's, or
     where half of what a run leaves is missing: best weights are never overwritten by a run that does not know them."""
     last, best = folder / "last.pt", folder / "best.pt"
-    if not last.exists() and not best.exists():
-        return None
     try:
-        contents = models.read(best) if best.exists() else {}
-        if not last.exists() and (contents.get("settings"), contents.get("epoch")) == (settings, 1):
-            return None  # killed between its first best.pt and its first last.pt
-        for path, other in ((last, best), (best, last)):
-            if not path.exists():
-                raise TrainError(f"{path} is gone, and {other} is there: put it back, give this run a --name of its "
-                                 f"own, or remove {folder} to train again")
-        state = models.read(last)
+        state, kept = (models.read(path) if path.exists() else None for path in (last, best))
     except models.ModelError as error:
         raise TrainError(f"{error}; a copy may be put in its place, or remove {folder} to train again") from error
+    if state is None and (kept is None or (kept.get("settings"), kept.get("epoch")) == (settings, 1)):
+        return None  # a new run, or one that was killed between its first best.pt and its first last.pt
+    if state is None or kept is None:
+        gone, there = (last, best) if state is None else (best, last)
+        raise TrainError(f"{gone} is gone, and {there} is there: put it back, give this run a --name of its own, "
+                         f"or remove {folder} to train again")
     known = {"settings", "rows", "network", "average", "optimizer", "scaler"}
     if not isinstance(state, dict) or not state.keys() >= known:
         raise TrainError(f"{last} is no last.pt that train.py wrote: remove it, or give this run a --name of its own")
     old = state["settings"]
-    differ = [f"{k} {old.get(k)} there, {new} here" for k, new in settings.items() if old.get(k) != new and k != "data"]
-    if old.get("data") != settings["data"]:
-        differ.append("data: the photos are others, or have changed")
+    differ = ["data: the photos are others, or have changed" if key == "data" else
+              f"{key} {old.get(key)} there, {value} here" for key, value in settings.items() if old.get(key) != value]
     if differ:
         raise TrainError(f"{folder} holds a run of other settings ({'; '.join(differ)}): repeat them to go on "
                          "with it, give this one a --name of its own, or remove the folder")
@@ -469,8 +466,10 @@ def parse_arguments(arguments=None):
     given = {field.name: getattr(options, field.name) for field in fields(Recipe) if field.name in options}
     values = DEFAULTS[training] | given | dict(training=training, weights=None if weights == "none" else weights)
     values.setdefault("looks", default_looks(options.arch, values["size"]))
-    values["epochs"] = 1 if options.dry_run else values["epochs"]
-    options.name = getattr(options, "name", options.arch) + "-dry-run" * options.dry_run
+    options.name = getattr(options, "name", options.arch)
+    if options.dry_run:
+        values["epochs"] = 1
+        options.name += "-dry-run"
     return Recipe(**values), options
 
 
@@ -495,27 +494,25 @@ def prepare_photos(recipe, source, skip_bad, few, device):
                   "is that of photos learnt by heart", file=sys.stderr)
     if recipe.plain_crop:  # photos that are too small are refused now, not in the middle of an epoch
         data.plain_boxes(photos, torch.arange(len(photos)), recipe.crop, torch.Generator())
-    seeded = torch.Generator().manual_seed(0)
-    photos, val = (p.subset(torch.randperm(len(p), generator=seeded)[:few]) if few else p for p in (photos, val))
+    if few:
+        seeded = torch.Generator().manual_seed(0)
+        photos, val = (split.subset(torch.randperm(len(split), generator=seeded)[:few]) for split in (photos, val))
     return photos, val
 
 
-def prepare_network(recipe, count, classes):
-    """A new network for `count` photos of `classes` classes, what is frozen frozen. Raises TrainError, ModelError."""
+def prepare_network(recipe, photos):
+    """A new network to be trained on `photos`, what is frozen frozen. Raises TrainError, ModelError."""
     torch.manual_seed(recipe.seed)
-    network = models.build(recipe.arch, classes, recipe.weights, recipe.width)
-    check_sizes(network, recipe, count)
+    network = models.build(recipe.arch, len(photos.classes), recipe.weights, recipe.width)
+    check_sizes(network, recipe, len(photos))
     if recipe.training == "head":
         network = models.with_looks(network, recipe.looks)
         network.features.requires_grad_(False)
+    elif recipe.training == "scratch":
+        seeded = torch.Generator().manual_seed(recipe.seed)
+        crops, _ = next(data.train_batches(photos, recipe.crop, 256, seeded, plain=recipe.plain_crop))
+        models.whiten(network, crops)
     return network
-
-
-def whiten(network, recipe, photos):
-    """Compute the first layer of the CNN from crops of `photos`, and freeze it."""
-    seeded = torch.Generator().manual_seed(recipe.seed)
-    crops, _ = next(data.train_batches(photos, recipe.crop, 256, seeded, plain=recipe.plain_crop))
-    models.whiten(network, crops)
 
 
 @torch.no_grad()
@@ -523,7 +520,7 @@ def check_sizes(network, recipe, count):
     """Raise TrainError where `network` cannot take images of the recipe's sizes, or the smallest batch of `count`
     photos. Only small images can be too small: of 96 px at most are tried."""
     network = copy.deepcopy(network)  # a pass in training mode changes the statistics of batch normalisation
-    smallest = min(2, min(map(len, data.shuffled(count, recipe.batch_size, None))) // WORLD)
+    smallest = min(2, min(batch_lengths(recipe, count)) // WORLD)
     crop, size = sides(recipe, 0)
     passes = [("--crop", crop, smallest, True)] if recipe.training != "head" else []
     passes += [("--size or --looks", side, 1, False) for side in {size, *recipe.looks}]
@@ -541,12 +538,12 @@ def make_batches(recipe, network, photos, val, precision):
     train_batches(epoch) and val_batches(epoch) yield (x, labels) for `module`. Where all but the last layer is frozen,
     the module is the last layer and x are stored features; else it is the network and x are images.
     """
-    part, val = (RANK, WORLD), val.subset(torch.arange(RANK, len(val), WORLD))
+    val = val.subset(torch.arange(RANK, len(val), WORLD))
     if recipe.training != "head":
         def train_batches(epoch):
             generator = torch.Generator().manual_seed(epoch_seed(recipe, epoch))
             return data.train_batches(photos, sides(recipe, epoch)[0], recipe.batch_size, generator, least_area(recipe),
-                                      recipe.plain_crop, part, precision.products)
+                                      recipe.plain_crop, (RANK, WORLD), precision.products)
 
         return network, train_batches, lambda epoch: data.eval_batches(val, sides(recipe, epoch)[1], 128)
 
@@ -564,12 +561,11 @@ def make_batches(recipe, network, photos, val, precision):
 
 
 def run_epochs(folder, recipe, network, batches, count, facts, state, precision):
-    """Train from where `state` (of last.pt, or None) stands to the last epoch, `count` photos each. Returns the rows
-    of the log. What is validated and kept is the average of the weights. batches: of `make_batches`; facts: of
-    `save_epoch`."""
+    """Train from where `state` (of last.pt, or None) stands to the last epoch, `count` photos each; returns the rows of
+    the log. What is validated and kept is the average of the weights. batches: of `make_batches`."""
     module, train_batches, val_batches = batches
     device = next(module.parameters()).device
-    lengths = [len(index) for index in data.shuffled(count, recipe.batch_size, None)]
+    lengths = batch_lengths(recipe, count)
     steps = len(lengths)
     rows = state["rows"] if state else []
     optimizer = Muon(module, recipe.lr, recipe.weight_decay, dtype=precision.products)
@@ -579,7 +575,7 @@ def run_epochs(folder, recipe, network, batches, count, facts, state, precision)
     if state:
         averaged.load_state_dict(state["average"])
         optimizer.load_state_dict(state["optimizer"])
-        if state["scaler"] and precision.scale:  # empty where the run began on a device that needs none
+        if state["scaler"]:  # empty where the run began on a device that needs none
             scaler.load_state_dict(state["scaler"])
     parallel = torch.nn.parallel.DistributedDataParallel(module) if WORLD > 1 else module
     for epoch in range(len(rows), recipe.epochs):
@@ -590,14 +586,14 @@ def run_epochs(folder, recipe, network, batches, count, facts, state, precision)
         losses, correct, seen = train_epoch(parallel, train_batches(epoch), plan, optimizer, scaler, precision,
                                             recipe.smoothing, average)
         losses = sum_over_processes(losses) / WORLD
-        check_finite(losses, folder, epoch)
         correct, seen = sum_over_processes(torch.stack([correct, torch.tensor(seen, device=device)])).tolist()
         speed = seen / (time.perf_counter() - started)
-        for buffer in [*module.buffers(), *average.module.buffers()] if WORLD > 1 else ():
-            torch.distributed.broadcast(buffer, 0)  # each has statistics of its own; rank 0's are those that are saved
-        totals = sum_over_processes(evaluate(average.module, val_batches(epoch), precision, len(facts["classes"])))
-        scores = val_scores(totals)
-        check_finite(torch.tensor([scores["val_loss"]]), folder, epoch)
+        if WORLD > 1:  # each has statistics of its own; rank 0's are those that are saved
+            for buffer in (*module.buffers(), *average.module.buffers()):
+                torch.distributed.broadcast(buffer, 0)
+        totals = evaluate(average.module, val_batches(epoch), precision, len(facts["classes"]))
+        scores = val_scores(sum_over_processes(totals))
+        check_finite([*losses.tolist(), scores["val_loss"]], folder, epoch)
         looks = recipe.looks if recipe.training == "head" else [sides(recipe, epoch)[1]]
         rows.append(dict(epoch=epoch + 1, size=models.looks_key(looks), train_loss=round(float(losses.mean()), 4),
                          train_accuracy=round(correct / seen, 5), **scores, lr=round(plan[0][0], 6),
@@ -610,21 +606,18 @@ def run_epochs(folder, recipe, network, batches, count, facts, state, precision)
 
 
 def check_finite(losses, folder, epoch):
-    """Raise TrainError where one of an epoch's losses, of its steps or of validation, is no finite number."""
-    if not losses.isfinite().all():
-        where = f"step {int((~losses.isfinite()).nonzero()[0]) + 1}" if len(losses) > 1 else "validation"
+    """Raise TrainError where one of an epoch's losses, of each step and then of validation, is no finite number."""
+    if bad := [step for step, loss in enumerate(losses, 1) if not math.isfinite(loss)]:
+        where = f"step {bad[0]}" if bad[0] < len(losses) else "validation"
         raise TrainError(f"the loss is not finite in epoch {epoch + 1}, {where}: use a smaller --lr; what is in "
                          f"{folder} is still of epoch {epoch}")
 
 
 def save_epoch(folder, rows, averaged, facts, state):
-    """Write what an epoch leaves behind, each file whole or not at all, and say so.
-
-    best.pt, only where this epoch is the best: the network `averaged` and `facts`; last.pt: `state`, all that is needed
-    to go on; the log.
-    """
-    row, before = rows[-1], [row["val_accuracy"] for row in rows[:-1]]
-    best = row["val_accuracy"] > max(before, default=-1)
+    """Write what an epoch leaves behind, each file whole or not at all, and say so: best.pt, where it is the best so
+    far, of the network `averaged` and `facts`; last.pt, of `state`, all that is needed to go on; the log."""
+    row = rows[-1]
+    best = row is best_row(rows)
     if best:
         models.save(folder / "best.pt", averaged, **facts, epoch=len(rows),
                     accuracies={row["size"]: row["val_accuracy"]})
@@ -638,6 +631,11 @@ def save_epoch(folder, rows, averaged, facts, state):
           f"{left // 60:.0f}:{left % 60:02.0f} left", flush=True)
 
 
+def best_row(rows):
+    """The first row of the log with the highest accuracy: that of best.pt."""
+    return max(rows, key=lambda row: row["val_accuracy"])
+
+
 def val_scores(totals):
     """The columns of the log that follow from the sums (3, K) of `evaluate`. The accuracy of the classes is the mean of
     each class's own, which classes of few photos count in as much as those of many."""
@@ -648,31 +646,25 @@ def val_scores(totals):
                 val_class_accuracy=round(float((right[there] / photos[there]).mean()), 5))
 
 
-def finish(folder, rows, val, device, precision):
+def finish(folder, rows, val, precision):
     """Write result.json, the last file of a run; best.pt gets the accuracy of all its looks, if training saw one."""
     contents = models.read(folder / "best.pt")
     key = models.looks_key(contents["looks"])
     if key not in contents["accuracies"]:
-        network, facts = models.load(folder / "best.pt", device)
+        network, facts = models.load(folder / "best.pt", val.device)
         totals = evaluate(network, data.eval_batches(val, facts["size"], 64), precision, len(facts["classes"]))
         contents["accuracies"][key] = val_scores(totals)["val_accuracy"]
         models.write(folder / "best.pt", contents)
     write_log(folder, rows)  # a run may have been killed right after its last last.pt
-    best = max(rows, key=lambda row: row["val_accuracy"])
+    best, last = best_row(rows), rows[-1]
     passed = next((row["epoch"] for row in rows if row["val_accuracy"] >= PASSED), None)
-    began = json.loads((folder / "config.json").read_text())
+    config = json.loads((folder / "config.json").read_text())
     write(folder / "result.json", json.dumps(dict(
-        best_accuracy=best["val_accuracy"], best_epoch=best["epoch"], last_accuracy=rows[-1]["val_accuracy"],
+        best_accuracy=best["val_accuracy"], best_epoch=best["epoch"], last_accuracy=last["val_accuracy"],
         accuracies=contents["accuracies"], accuracy_on=contents["accuracy_on"], accuracy_n=contents["accuracy_n"],
         epochs_to_72=passed, seconds_to_72=passed and round(sum(row["seconds"] for row in rows[:passed]), 1),
-        seconds=round(sum(row["seconds"] for row in rows), 1), **began), indent=1).encode())
-
-
-def describe_training(recipe):
-    """In a phrase, what was trained."""
-    if recipe.training == "head":
-        return "only its last layer trained"
-    return "every layer fine-tuned" if recipe.weights else "trained from scratch"
+        seconds=round(sum(row["seconds"] for row in rows), 1), **config), indent=1).encode())
+    print(f"{folder}: best {best['val_accuracy']:.2%} (epoch {best['epoch']}), last {last['val_accuracy']:.2%}")
 
 
 def train(recipe, options):
@@ -687,58 +679,52 @@ def train(recipe, options):
         torch.distributed.init_process_group("nccl" if nccl else "gloo")
     few = 2 * recipe.batch_size if options.dry_run else None
     photos, val = prepare_photos(recipe, options.data, options.skip_bad, few, device)
-    if min(len(val), *map(len, data.shuffled(len(photos), recipe.batch_size, None))) < WORLD:
+    if min(len(val), *batch_lengths(recipe, len(photos))) < WORLD:
         raise TrainError(f"{WORLD} processes are more than a batch or val has photos: use a larger --batch-size than "
                          f"{recipe.batch_size}, or fewer processes")
-    network = prepare_network(recipe, len(photos), len(photos.classes))
+    network = prepare_network(recipe, photos)
     folder = Path(options.runs).expanduser() / options.name
     if RANK == 0:
         folder.mkdir(parents=True, exist_ok=True)
     with contextlib.nullcontext() if RANK else data.lock(folder / "run", wait=False):
-        rows, before = run(folder, recipe, network, photos, val, device, precision, options.dry_run)
-    if RANK == 0:
-        best = max(rows, key=lambda row: row["val_accuracy"])
-        print(f"{folder}: best {best['val_accuracy']:.2%} (epoch {best['epoch']}), last {rows[-1]['val_accuracy']:.2%}"
-              + ("; all epochs are done, nothing to do" if before == recipe.epochs else ""))
+        run(folder, recipe, network, photos, val, precision, options.dry_run)
     if WORLD > 1:
         torch.distributed.destroy_process_group()
 
 
-def run(folder, recipe, network, photos, val, device, precision, dry_run):
-    """Train the run of `folder` to its end. Returns the rows of its log, and how many epochs were done before."""
+def run(folder, recipe, network, photos, val, precision, dry_run):
+    """Train the run of `folder` to its end."""
     settings = dict(asdict(recipe), looks=list(recipe.looks), photos=[len(photos), len(val)],
                     data=[photos.fingerprint, val.fingerprint])
     state = None if dry_run else resume(folder, settings)
-    before = len(state["rows"]) if state else 0
-    finished = before == recipe.epochs
-    if recipe.training == "scratch" and not finished:
-        whiten(network, recipe, photos)
-    network = network.to(device, memory_format=precision.memory_format)
+    rows = state["rows"] if state else []
+    device = photos.device.type
+    network = network.to(photos.device, memory_format=precision.memory_format)
     if state:
         network.load_state_dict(state["network"])
+    parameters = sum(p.numel() for p in network.parameters())
     if RANK == 0:
-        print(f"{folder}: {recipe.arch}, {sum(p.numel() for p in network.parameters()) / 1e6:.1f} million parameters, "
-              f"{device.type}, {precision.name}, {len(photos):,} photos to train on, {len(val):,} to validate on"
-              + (f"; {before} of {recipe.epochs} epochs are done" if before else ""), flush=True)
-    if finished:
-        rows = state["rows"]
-    else:
+        print(f"{folder}: {recipe.arch}, {parameters / 1e6:.1f} million parameters, {device}, {precision.name}, "
+              f"{len(photos):,} photos to train on, {len(val):,} to validate on"
+              + (f"; {len(rows)} of {recipe.epochs} epochs are done" if rows else ""), flush=True)
+    if len(rows) < recipe.epochs:
         if RANK == 0:
             for part in folder.glob("*.part"):  # of a run that was killed, for this one holds the lock
                 part.unlink(missing_ok=True)
             write(folder / "config.json", json.dumps(dict(
                 command=shlex.join(["python", Path(sys.argv[0]).name, *sys.argv[1:]]), recipe=settings,
-                parameters=sum(p.numel() for p in network.parameters()), device=device.type, precision=precision.name,
-                threads=torch.get_num_threads(), processes=WORLD, machine=models.machine()), indent=1).encode())
+                parameters=parameters, device=device, precision=precision.name, threads=torch.get_num_threads(),
+                processes=WORLD, machine=models.machine()), indent=1).encode())
             (folder / "result.json").unlink(missing_ok=True)  # it says that a run has ended
+        how = ("only its last layer trained" if recipe.training == "head" else
+               "every layer fine-tuned" if recipe.weights else "trained from scratch")
         facts = dict(arch=recipe.arch, classes=photos.classes, mean=data.MEAN, std=data.STD, looks=list(recipe.looks),
-                     how=describe_training(recipe), accuracy_on="held-out train" if recipe.holdout else "val",
-                     accuracy_n=len(val), settings=settings)
+                     how=how, accuracy_on="held-out train" if recipe.holdout else "val", accuracy_n=len(val),
+                     settings=settings)
         batches = make_batches(recipe, network, photos, val, precision)
         rows = run_epochs(folder, recipe, network, batches, len(photos), facts, state, precision)
     if RANK == 0:
-        finish(folder, rows, val, device, precision)
-    return rows, before
+        finish(folder, rows, val, precision)
 
 
 def main():
@@ -746,11 +732,7 @@ def main():
     recipe, options = parse_arguments()
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="backslashreplace")  # a name that this terminal has no letters for
-
-    def stop(*_):
-        raise KeyboardInterrupt
-
-    signal.signal(signal.SIGTERM, stop)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
     try:
         train(recipe, options)
     except KeyboardInterrupt:

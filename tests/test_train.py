@@ -923,7 +923,7 @@ def test_a_head_learns_from_the_mean_of_its_looks(demo, tmp_path):
     more = ["--weights", "none", "--looks", "32,64"]
     recipe, _ = train.parse_arguments(arguments(demo, tmp_path, *more, arch="resnet18"))
     photos = data.load(demo, "val")
-    network = train.prepare_network(recipe, len(photos), 10)
+    network = train.prepare_network(recipe, photos)
     assert not any(p.requires_grad for p in network.features.parameters())
     stored, _ = train.stored_features(network, photos, 64, FLOAT32, mirrored=False)
     assert torch.allclose(stored[0], features_of(network, photos, 64, False), rtol=1e-4, atol=1e-4)
@@ -964,8 +964,14 @@ def test_a_learning_rate_that_is_too_large_is_named(demo, tmp_path, call):
 
 def test_weights_that_give_no_number_are_never_saved(demo, tmp_path, call):
     """One step an epoch: its loss is still that of good weights, what it makes of them shows in validation alone."""
-    assert refused(call(*arguments(demo, tmp_path, "--lr", "1e30", "--batch-size", 64)), "finite", "epoch 1", "--lr")
+    result = call(*arguments(demo, tmp_path, "--lr", "1e30", "--batch-size", 64))
+    assert refused(result, "finite", "epoch 1", "validation", "--lr")
     assert not list(tmp_path.rglob("*.pt"))
+
+
+def test_the_only_step_of_an_epoch_is_called_a_step(demo, tmp_path, call, monkeypatch):
+    nan_from(1, 1, monkeypatch)
+    assert refused(call(*arguments(demo, tmp_path, "--batch-size", 64)), "epoch 1", "step 1", "--lr")
 
 
 def test_a_full_disk_ends_in_a_sentence_and_the_epoch_before_is_intact(trained, demo, tmp_path, call, monkeypatch):
