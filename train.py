@@ -383,7 +383,8 @@ def resume(folder, settings):
         state, kept = (models.read(path) if path.exists() else None for path in (last, best))
     except models.ModelError as error:
         raise TrainError(f"{error}; a copy may be put in its place, or remove {folder} to train again") from error
-    if state is None and (kept is None or (kept.get("settings"), kept.get("epoch")) == (settings, 1)):
+    begun = isinstance(kept, dict) and (kept.get("settings"), kept.get("epoch")) == (settings, 1)
+    if state is None and (kept is None or begun):
         return None  # a new run, or one that was killed between its first best.pt and its first last.pt
     if state is None or kept is None:
         gone, there = (last, best) if state is None else (best, last)
