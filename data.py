@@ -582,8 +582,8 @@ def check(folder):
     else:
         for name, paths in train.items():
             train[name], val[name] = set_aside(paths)
-        remarks.append(f"{sum(map(len, val.values())):,} photos, about {VAL_SHARE:.0%} of each class, set aside to "
-                       "validate on, as there is no val/ with photos")
+        remarks.append(f"{sum(map(len, val.values())):,} photos, about {VAL_SHARE:.0%} of each class, one at least, "
+                       "set aside to validate on, as there is no val/ with photos")
     if skipped:
         remarks.append(f"{len(skipped):,} entries that are no photos skipped{hint}")
     splits = {"train": [path for name in train for path in train[name]],
