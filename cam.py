@@ -629,8 +629,11 @@ def photo_files(names):
         if path.is_file() or not (path.is_dir() or glob.has_magic(name)):
             found.append(path)  # a missing one is refused by name when it is decoded
             continue
-        inside = path.iterdir() if path.is_dir() else map(Path, glob.glob(name))
-        inside = sorted(p for p in inside if p.suffix.lower() in data.SUFFIXES and p.is_file() and p.name[0] != ".")
+        files = [p for p in (path.iterdir() if path.is_dir() else map(Path, glob.glob(name)))
+                 if p.is_file() and p.name[0] != "."]
+        if unread := {p.suffix for p in files if p.suffix.lower() in data.UNREAD}:
+            print(f"{name}: photos in {data.first_names(unread)} are left out: convert them to JPEG", file=sys.stderr)
+        inside = sorted(p for p in files if p.suffix.lower() in data.SUFFIXES)
         if not inside:
             raise CamError(f"{name} holds no photo: name a photo, or a folder that has some in it")
         found += inside

@@ -745,7 +745,9 @@ def test_titles_and_truth_of_photos_of_one_s_own(call, demo, one, tmp_path, seen
     (tmp_path / "album.jpg").mkdir()
     what = ["figure", "--models", one, "--dpi", 40, "--images"]
     assert call(*what, "*.jpg", "--titles", "one", "two", "--truth", "tench").returncode == 0
-    assert call(*what, tmp_path, "--truth", "tench", "church").returncode == 0
+    (tmp_path / "phone.HEIC").write_bytes(b"\0\0\0 ftypheic")
+    result = call(*what, tmp_path, "--truth", "tench", "church")
+    assert result.returncode == 0 and f"{tmp_path}: photos in .HEIC are left out" in result.stderr
     (_, titles, (row,), *_), (_, named, (other,), *_) = seen
     said = row.captions[0].rsplit(" ", 1)[0]
     assert titles == ["one", "two"] and row.right == [said == "tench"] * 2
