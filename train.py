@@ -375,7 +375,7 @@ def write_log(folder, rows):
     draw_curves(rows, folder / "curves.png")
 
 
-def resume(folder, settings):
+def resume(folder, settings, classes):
     """The state in last.pt of `folder`, or None where a run begins. Raises TrainError where it is another run's, or
     where half of what a run leaves is missing: best weights are never overwritten by a run that does not know them."""
     last, best = folder / "last.pt", folder / "best.pt"
@@ -383,19 +383,24 @@ def resume(folder, settings):
         state, kept = (models.read(path) if path.exists() else None for path in (last, best))
     except models.ModelError as error:
         raise TrainError(f"{error}; a copy may be put in its place, or remove {folder} to train again") from error
-    begun = isinstance(kept, dict) and (kept.get("settings"), kept.get("epoch")) == (settings, 1)
-    if state is None and (kept is None or begun):
+    for path, found, known in ((last, state, {"settings", "rows", "network", "average", "optimizer", "scaler"}),
+                               (best, kept, {"settings", "epoch", "classes"})):
+        if path.exists() and not (isinstance(found, dict) and found.keys() >= known):
+            raise TrainError(f"{path} is no {path.name} that train.py wrote: remove it, or give this run a --name of "
+                             "its own")
+    if state is None and (kept is None or (kept["settings"], kept["epoch"]) == (settings, 1)):
         return None  # a new run, or one that was killed between its first best.pt and its first last.pt
     if state is None or kept is None:
         gone, there = (last, best) if state is None else (best, last)
         raise TrainError(f"{gone} is gone, and {there} is there: put it back, give this run a --name of its own, "
                          f"or remove {folder} to train again")
-    known = {"settings", "rows", "network", "average", "optimizer", "scaler"}
-    if not isinstance(state, dict) or not state.keys() >= known:
-        raise TrainError(f"{last} is no last.pt that train.py wrote: remove it, or give this run a --name of its own")
-    old = state["settings"]
-    differ = ["data: the photos are others, or have changed" if key == "data" else
-              f"{key} {old.get(key)} there, {value} here" for key, value in settings.items() if old.get(key) != value]
+    old, lost, new = state["settings"], set(kept["classes"]) - set(classes), set(classes) - set(kept["classes"])
+    differ = [f"{key} {old.get(key)} there, {value} here"
+              for key, value in settings.items() if old.get(key) != value and key != "data"]
+    if lost or new:
+        differ.append(f"classes {data.first_names(lost)} there alone, {data.first_names(new)} here alone")
+    elif old.get("data") != settings["data"]:
+        differ.append("data: the photos are others, or have changed")
     if differ:
         raise TrainError(f"{folder} holds a run of other settings ({'; '.join(differ)}): repeat them to go on "
                          "with it, give this one a --name of its own, or remove the folder")
@@ -697,7 +702,7 @@ def run(folder, recipe, network, photos, val, precision, dry_run):
     """Train the run of `folder` to its end."""
     settings = dict(asdict(recipe), looks=list(recipe.looks), photos=[len(photos), len(val)],
                     data=[photos.fingerprint, val.fingerprint])
-    state = None if dry_run else resume(folder, settings)
+    state = None if dry_run else resume(folder, settings, photos.classes)
     rows = state["rows"] if state else []
     device = photos.device.type
     network = network.to(photos.device, memory_format=precision.memory_format)

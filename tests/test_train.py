@@ -835,6 +835,21 @@ def test_a_run_knows_its_photos(trained, demo, tmp_path, call):
     assert refused(call(*arguments(other, tmp_path)), "other settings", "photos")
 
 
+def test_a_run_on_other_classes_says_which(trained, demo, tmp_path, call):
+    shutil.copytree(trained, tmp_path / "cnn")
+    other = shutil.copytree(demo, tmp_path / "other", ignore=shutil.ignore_patterns("*.pixels", "*.lock"))
+    for split in ("train", "val"):
+        (other / split / "n01440764").rename(other / split / "pike")  # was: tench
+    assert refused(call(*arguments(other, tmp_path)), "classes tench there alone, pike here alone")
+
+
+@pytest.mark.parametrize("name", ["best.pt", "last.pt"])
+def test_a_file_of_other_contents_is_no_checkpoint_of_a_run(trained, demo, tmp_path, call, name):
+    shutil.copytree(trained, tmp_path / "cnn")
+    models.write(tmp_path / "cnn" / name, ["a", "list"])
+    assert refused(call(*arguments(demo, tmp_path)), tmp_path / "cnn" / name, "remove")
+
+
 def test_photos_that_were_copied_are_the_same_photos(trained, demo, tmp_path):
     shutil.copytree(trained, tmp_path / "cnn")
     other = tmp_path / "other"  # with times of its own
