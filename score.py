@@ -255,9 +255,9 @@ def component_boxes(masks):
     """The box of every connected component (corners connect, holes are ignored) of masks (P, H, W) bool.
     Returns the mask it is in (M,), and x0, y0, x1, y1 in cells (M, 4), x1 and y1 exclusive, int64.
 
-    Works on runs, the unbroken stretches of a row, of all masks in one line, with an empty row and column before each
-    mask's own. Run i touches those runs one row on that neither begin after it ends nor end before it begins; as runs
-    are in order, these follow one another. Each run is labelled with the first run that it is connected to.
+    Works on runs, the unbroken stretches of a row, of all masks in one line, with an empty column before each mask and
+    an empty row after it. Run i touches those runs one row on that neither begin after it ends nor end before it
+    begins; as runs are in order, these follow one another. Each is labelled with the first that it is connected to.
     """
     height, stride = masks.shape[1] + 1, masks.shape[2] + 1
     line = F.pad(masks, (1, 0, 0, 1)).flatten().cpu().numpy()  # NumPy finds changes faster
@@ -268,10 +268,10 @@ def component_boxes(masks):
     runs = torch.arange(len(start), device=start.device)
     upper = runs.repeat_interleave(count)  # (pairs,), and `lower`: runs that touch
     lower = (first + count - count.cumsum(0))[upper] + torch.arange(len(upper), device=start.device)
-    label, before = runs, None
-    while before is None or not torch.equal(label, before):
-        before, lowest = label, torch.minimum(label[upper], label[lower])
-        label = label.scatter_reduce(0, label[upper], lowest, "amin").scatter_reduce(0, label[lower], lowest, "amin")
+    label = runs
+    while not torch.equal(label[upper], label[lower]):
+        one, other = label[upper], label[lower]
+        label = label.scatter_reduce(0, torch.maximum(one, other), torch.minimum(one, other), "amin")
         while not torch.equal(label, label[label]):
             label = label[label]
     row, x0 = start // stride, start % stride - 1
