@@ -635,8 +635,8 @@ def test_max_box_acc_v2_takes_the_best_threshold_of_each_iou():
 def test_cross_fitted_uses_the_threshold_of_the_other_half():
     table = torch.tensor([[0.9, 0.1, 0.0], [0.1, 0.6, 0.9], [0.8, 0.6, 0.0], [0.4, 0.1, 0.7], [0.2, 0.9, 0.9]])
     # Best for photos 0, 2, 4 is the first threshold (two of three), for 1 and 3 the last (both).
-    assert score.cross_fitted(table, 0.5).tolist() == [0, 0, 0, 0, 1]
-    assert score.max_box_acc_v2(table, [0.5]) > score.cross_fitted(table, 0.5).mean()
+    assert score.cross_fitted(table, [0.5]).tolist() == [0, 0, 0, 0, 1]
+    assert score.max_box_acc_v2(table, [0.5]) > score.cross_fitted(table, [0.5]).mean()
 
 
 def test_the_centred_square_finds_centred_boxes():
