@@ -24,7 +24,7 @@ import re
 import shlex
 import sys
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from pathlib import Path
 from typing import NamedTuple
 
@@ -176,17 +176,17 @@ def average_drop_and_increase(probability_full, probability_masked):
 
 
 @torch.no_grad()
-def deletion_and_insertion(predict, images, maps, labels, steps=20, seed=0):
+def deletion_and_insertion(predict, images, maps, labels, steps=20):
     """Per photo: the mean probability of `labels` (N,) while its pixels go, and while they come, highest first: the
     area under the curve of Petsiuk et al. 2018, by trapezoids.
 
     predict: images -> probabilities (N, K); images: normalised, (N, 3, H, W). Deletion (lower is better) puts zero, the
     data set's mean, for a pixel; insertion (higher is better) starts at the photo blurred. Pixels of equal value go in
-    an order drawn from `seed`: row by row would be a preference of its own.
+    a random order, always the same: row by row would be a preference of its own.
     """
     n, _, height, width = images.shape
     blurred = gaussian_blur(images, kernel_size=11, sigma=5)
-    shuffle = torch.randperm(height * width, generator=torch.Generator().manual_seed(seed)).to(images.device)
+    shuffle = torch.randperm(height * width, generator=torch.Generator().manual_seed(0)).to(images.device)
     shuffled = upsample(finite(maps), (height, width)).flatten(1)[:, shuffle]
     order = shuffle[shuffled.argsort(dim=1, descending=True, stable=True)]
     rank = order.argsort(1).view(n, 1, height, width)  # 0: the pixel that goes first
@@ -300,8 +300,8 @@ def best_iou_per_threshold(maps, boxes, thresholds=THRESHOLDS, size=SIZE):
 
 
 def max_box_acc_v2(tables, ious=IOUS):
-    """The share of photos of tables (..., N, T) whose IoU reaches one of `ious`, at the threshold that is best for these
-    very photos, mean over `ious` (Choe et al., wsolevaluation). As the literature reports it, which flatters."""
+    """The share of photos of tables (..., N, T) whose IoU reaches one of `ious`, at the threshold that is best for
+    these very photos, mean over `ious` (Choe et al., wsolevaluation). As the literature reports it, which flatters."""
     return sum((tables >= iou).float().mean(-2).amax(-1) for iou in ious) / len(ious)
 
 
@@ -428,19 +428,18 @@ def faithfulness(network, photos, size, predicted, confidence, maps, deleted):
         return network(images).softmax(1)
 
     photos, few = (photos.subset(torch.arange(n)) for n in (maps.shape[1], min(deleted, maps.shape[1])))
-    drops, increases, deletions, insertions = [], [], [], []  # batch after batch, seed after seed
+    found = defaultdict(list)  # {score: (B,) of batch after batch, seed after seed}
     for of_seed in maps:
         for images, part in batches(photos, size):
             after = probabilities(masked(images, of_seed[part])).gather(1, predicted[part, None])[:, 0]
             drop, increase = average_drop_and_increase(confidence[part], after)
-            drops.append(drop)
-            increases.append(increase)
+            found["average drop"].append(drop)
+            found["increase in confidence"].append(increase)
         for images, part in batches(few, size):
             deletion, insertion = deletion_and_insertion(probabilities, images, of_seed[part], predicted[part])
-            deletions.append(deletion)
-            insertions.append(insertion)
-    found = {"average drop": drops, "increase in confidence": increases, "deletion": deletions, "insertion": insertions}
-    return {score: mean_interval(torch.cat(parts).view(len(maps), -1)) for score, parts in found.items() if parts}
+            found["deletion"].append(deletion)
+            found["insertion"].append(insertion)
+    return {score: mean_interval(torch.cat(parts).view(len(maps), -1)) for score, parts in found.items()}
 
 
 def localisation(maps, boxes, n):

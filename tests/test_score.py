@@ -702,11 +702,10 @@ def command(monkeypatch, capsys):
         out, err = capsys.readouterr()
         return status, out, err
 
-    monkeypatch.setattr(score, "SIZE", 56)  # coarse, but quick
     for constant, few in (("RANDOM_PHOTOS", 4), ("DROP_PHOTOS", 8), ("TRAIN_BOXES", 20)):
         monkeypatch.setattr(score, constant, few)
-    monkeypatch.setattr(score.best_iou_per_threshold, "__defaults__", (score.THRESHOLDS[::10], 56))
-    monkeypatch.setattr(score.deletion_and_insertion, "__defaults__", (3, 0))  # steps, seed
+    monkeypatch.setattr(score.best_iou_per_threshold, "__defaults__", (score.THRESHOLDS[::10], 56))  # coarse
+    monkeypatch.setattr(score.deletion_and_insertion.__wrapped__, "__defaults__", (3,))  # steps
     return call
 
 
