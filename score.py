@@ -202,20 +202,18 @@ def deletion_and_insertion(predict, images, maps, labels, steps=20):
 
 
 def read_lines(path, form):
-    """[(line number, name, [int, ...])] of a file whose lines have the `form` "val/NAME.JPEG,x,y,..."."""
+    """Yields (line number, name, [int, ...]) of a file whose lines have the `form` "val/NAME.JPEG,x,y,..."."""
     try:
         lines = Path(path).read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError as error:
         raise ScoreError(f"{path} cannot be read ({error.strerror}): name another file (BOXES=)") from error
-    rows = []
     for number, line in enumerate(lines, 1):
-        file, *values = line.split(",")
         if not line.strip():
             continue
+        file, *values = line.split(",")
         if len(values) != form.count(",") or not all(re.fullmatch(r"\s*-?[0-9]+\s*", value) for value in values):
             raise ScoreError(f"{path}, line {number}: {line[:80]!r} is not {form} in whole numbers")
-        rows.append((number, Path(file).stem, [int(value) for value in values]))
-    return rows
+        yield number, Path(file).stem, [int(value) for value in values]
 
 
 def read_boxes(localization_path, sizes_path):
@@ -240,7 +238,7 @@ def pad_boxes(boxes):
     for i, of_photo in enumerate(boxes):
         if len(of_photo) == 0:
             raise ScoreError(f"photo {i} has no box: leave it out of the scores that need one")
-    return pad_sequence(list(boxes), batch_first=True)
+    return pad_sequence(boxes, batch_first=True)
 
 
 def inside(boxes, height, width):
@@ -289,8 +287,8 @@ def best_iou_per_threshold(maps, boxes, thresholds=THRESHOLDS, size=SIZE):
     levels and boxes to whole cells, makes map boxes a cell too large, and adds a box for every hole: on 500 photos
     all of this together moved MaxBoxAccV2 by 0.2 points or less.
     """
-    table, thresholds = torch.zeros(len(maps), len(thresholds)).to(maps), thresholds.to(maps)[:, None, None]
-    before = None
+    table, before = maps.new_zeros(len(maps), len(thresholds)), None
+    thresholds = thresholds.to(maps)[:, None, None]
     for row, cells, of_photo in zip(table, finite(maps), pad_boxes(boxes).to(maps) * size, strict=True):
         if before is None or not torch.equal(cells, before):  # a control's map is the same for every photo
             mask, found = component_boxes(min_max(upsample(cells[None], size)) > thresholds)
