@@ -589,11 +589,11 @@ def check_out(out):
     return base
 
 
-def same_network(a, b):
-    """Whether two (network, facts) compute the same: equal weights, looks and classes."""
-    states = [network.state_dict() for network, _ in (a, b)]
-    return all(a[1][key] == b[1][key] for key in ("arch", "looks", "classes")) and all(
-        torch.equal(tensor, states[1][key]) for key, tensor in states[0].items())
+def same_network(network, facts, other, other_facts):
+    """Whether two networks compute the same: equal weights, looks and classes."""
+    weights, other_weights = network.state_dict(), other.state_dict()
+    return all(facts[key] == other_facts[key] for key in ("arch", "looks", "classes")) and all(
+        torch.equal(tensor, other_weights[key]) for key, tensor in weights.items())
 
 
 def name_networks(paths, loaded):
@@ -601,7 +601,7 @@ def name_networks(paths, loaded):
     given twice, by whatever path, is scored once, and it is said; the same weights with other looks are another one."""
     named = {}
     for path, (network, facts) in zip(paths, loaded, strict=True):
-        if twin := next((known for known in named.values() if same_network(known[1:], (network, facts))), None):
+        if twin := next((known for known in named.values() if same_network(*known[1:], network, facts)), None):
             print(f"{path} is the same network as {twin[0]}: it is scored once", file=sys.stderr)
             continue
         others = sum(known["arch"] == facts["arch"] for *_, known in named.values())
