@@ -556,9 +556,8 @@ def write_table(rows, form):
     the right. form: "text", to read in a terminal, "markdown", or "latex" (with the package booktabs)."""
     if form == "latex":
         header, *body = (" & ".join(map(escape_latex, row)) + r" \\" for row in rows)
-        columns = "l" + "r" * (len(rows[0]) - 1)
-        return "\n".join([rf"\begin{{tabular}}{{{columns}}}", r"\toprule", header, r"\midrule", *body, r"\bottomrule",
-                          r"\end{tabular}", ""])
+        begin = r"\begin{tabular}{l" + "r" * (len(rows[0]) - 1) + "}"
+        return "\n".join([begin, r"\toprule", header, r"\midrule", *body, r"\bottomrule", r"\end{tabular}", ""])
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = [[f"{cell:{'>' if i else '<'}{widths[i]}}" for i, cell in enumerate(row)] for row in rows]
     if form == "text":
@@ -571,8 +570,9 @@ def escape_latex(text):
     """Any text as LaTeX shows it; arrows, leading spaces and the minus of numbers as mathematics."""
     special = {c: "\\" + c for c in "&%$#_{}"} | {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}",
                "^": r"\textasciicircum{}", "↑": r"$\uparrow$"}
-    escaped = "".join(special.get(character, character) for character in text.lstrip())
-    return r"\quad " * (text != text.lstrip()) + re.sub(r"(?<![^\s\[])-(?=\d)", "$-$", escaped)
+    shown = text.lstrip()
+    indent = r"\quad " if shown != text else ""
+    return indent + re.sub(r"(?<![^\s\[])-(?=\d)", "$-$", shown.translate(str.maketrans(special)))
 
 
 # ---------------------------------------------------------------- the command
