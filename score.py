@@ -622,20 +622,22 @@ def load_boxes(folder, named, val):
     named: the folder of boxes that the user names, or None: the data's own, if it has some."""
     import data
 
-    source, boxed = Path(named or folder).expanduser(), []
+    source, boxes = Path(named or folder).expanduser(), {}
     if named or (source / "localization.txt").exists():
-        boxes, train = read_boxes(source / "localization.txt", source / "image_sizes.txt"), data.load(folder, "train")
-        stems = Counter(Path(name).stem for name in [*val.names, *train.names])
-        if twice := next((stem for stem, count in stems.items() if count > 1 and stem in boxes), None):
-            raise ScoreError(f"{source} has boxes of {twice}, but several photos in {folder} are named so: rename them")
-        boxed = [with_boxes(val, boxes), with_boxes(train, boxes, TRAIN_BOXES)]
-        if named and not boxed[0][1]:
+        boxes = read_boxes(source / "localization.txt", source / "image_sizes.txt")
+    of_val = with_boxes(val, boxes)
+    if not of_val[1]:
+        if named:
             raise ScoreError(f"{source} has no boxes of photos in {folder}'s val: name other boxes (--boxes)")
-    if not boxed or not boxed[0][1]:
         return [], "no boxes of val, so no localisation: name a folder with localization.txt, image_sizes.txt (--boxes)"
-    if not boxed[1][1]:
-        return boxed[:1], f"{source} has no boxes of train: thresholds are fitted on val's alone"
-    return boxed, ""
+    train = data.load(folder, "train")
+    stems = Counter(Path(name).stem for name in [*val.names, *train.names])
+    if twice := next((stem for stem, count in stems.items() if count > 1 and stem in boxes), None):
+        raise ScoreError(f"{source} has boxes of {twice}, but several photos in {folder} are named so: rename them")
+    of_train = with_boxes(train, boxes, TRAIN_BOXES)
+    if not of_train[1]:
+        return [of_val], f"{source} has no boxes of train: thresholds are fitted on val's alone"
+    return [of_val, of_train], ""
 
 
 def relative(argument):
