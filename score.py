@@ -529,17 +529,10 @@ def summary_rows(results, networks, first):
         arrow = "" if score == "area above half" else " ↑"  # which is better neither small nor large
         n = f"{results[score, first, OWN].n:,}"
         rows.append([score + arrow, n, *cells(score, OWN, networks), *cells(score, SQUARE, [first])])
-        to_square = cells(score, TO_SQUARE, networks)
-        to_first = cells(score, OWN, [f"{network} minus {first}" for network in networks])
-        rows += [[f"  minus {SQUARE}", "", *to_square, ""]] if any(to_square) else []
-        rows += [[f"  minus {first}", "", *to_first, ""]] if any(to_first) else []
+        differences = {SQUARE: cells(score, TO_SQUARE, networks),
+                       first: cells(score, OWN, [f"{network} minus {first}" for network in networks])}
+        rows += [[f"  minus {other}", "", *row, ""] for other, row in differences.items() if any(row)]
     return rows if any(row[-1] for row in rows[1:]) else [row[:-1] for row in rows]  # without boxes, no square
-
-
-def long_table(results):
-    """All of `compare`'s results in Markdown, a line each."""
-    rows = [[*key, f"{estimate.n:,}", str(estimate)] for key, estimate in results.items()]
-    return write_table([["score", "network", "map", "n", "%, [95 % interval]"], *rows], "markdown")
 
 
 def csv_table(results):
@@ -661,6 +654,10 @@ def score_checkpoints(paths, source, boxes_folder, deleted, out, looks, argument
     folder = data.prepare(source)
     val = data.load(folder, "val")
     boxed, missing = load_boxes(folder, boxes_folder, val)
+    notes = [missing] if missing else []
+    if boxed:
+        notes.append("cross-fitted: box thresholds of each half of the photos are the best of the other half; "
+                     "all: with photos of train")
     scores, pictures = {}, {}
     run = dict(command=shlex.join(["python", "score.py", *map(relative, arguments)]), networks={}, seconds={},
                machine=models.machine(), precision="float32")
@@ -669,24 +666,26 @@ def score_checkpoints(paths, source, boxes_folder, deleted, out, looks, argument
         scores[name], matrix = score_network(models.fold_norms(network), facts, val, boxed, deleted, name)
         run["seconds"][name] = round(time.time() - started, 1)
         facts |= dict(accuracy=scores[name][OWN]["accuracy"].value, accuracy_on="val", accuracy_n=len(val))
-        pictures[name] = cam.confusion_picture(matrix, facts["classes"], cam.describe(facts))
+        description = cam.describe(facts)
         run["networks"][name] = dict(
-            path=relative(path), description=cam.describe(facts), looks=facts["looks"], accuracy_n=len(val),
+            path=relative(path), description=description, looks=facts["looks"], accuracy_n=len(val),
             epochs=facts["settings"].get("epochs"), best_epoch=facts.get("epoch"), seed=facts["settings"].get("seed"))
-    write_results(out, compare(scores), list(scores), [missing] if missing else [], run, pictures)
+        pictures[name] = cam.confusion_picture(matrix, facts["classes"], description)
+        notes.append(f"{name}: {relative(path)}, {description}")
+    write_results(out, compare(scores), notes, run, pictures)
 
 
-def write_results(out, results, networks, notes, run, pictures):
+def write_results(out, results, notes, run, pictures):
     """Write the summary and all results as `out`.md, the summary as .tex, all results as .csv, how they came about (a
     dictionary, `run`) as .json, and {network: picture}; print the summary and the notes."""
     import cam
     import models
 
-    if ("pointing game", networks[0], OWN) in results:
-        notes = [*notes, "cross-fitted: box thresholds of each half of the photos are the best of the other half; "
-                 "all: with photos of train"]
-    notes = [*notes, *(f"{name}: {facts['path']}, {facts['description']}" for name, facts in run["networks"].items())]
-    markdown = [summary(results, networks, "markdown"), *(f"- {note}" for note in notes), "", long_table(results)]
+    networks = list(run["networks"])
+    rows = [["score", "network", "map", "n", "%, [95 % interval]"]]
+    rows += [[*key, f"{estimate.n:,}", str(estimate)] for key, estimate in results.items()]
+    markdown = [summary(results, networks, "markdown"), *(f"- {note}" for note in notes), "",
+                write_table(rows, "markdown")]
     texts = {".md": "\n".join(markdown), ".csv": csv_table(results), ".tex": summary(results, networks, "latex"),
              ".json": json.dumps(run, indent=1) + "\n"}
     Path(out).parent.mkdir(parents=True, exist_ok=True)
