@@ -445,9 +445,9 @@ def localisation(maps, boxes, n):
     of the first n; the others help with thresholds, and with the score of "all". Best thresholds are the literature's,
     there to be compared; no interval of theirs holds."""
     boxes = boxes[: maps.shape[1]]
-    tables = torch.stack([best_iou_per_threshold(of_seed, boxes) for of_seed in maps])  # (S, N, T)
-    pointing = torch.stack([pointing_game(of_seed, boxes) for of_seed in maps])
-    area, share = torch.stack([torch.stack(focus(of_seed, boxes)) for of_seed in maps], 1)  # (S, N) each
+    per_seed = [(best_iou_per_threshold(of_seed, boxes), pointing_game(of_seed, boxes), *focus(of_seed, boxes))
+                for of_seed in maps]
+    tables, pointing, area, share = map(torch.stack, zip(*per_seed, strict=True))  # (S, N, T), the others (S, N)
     best = max_box_acc_v2(tables[:, :n]).mean()
     scores = {"pointing game": mean_interval(pointing[:, :n]),
               "MaxBoxAccV2, cross-fitted": cross_fitted_interval(tables, n),
@@ -724,9 +724,8 @@ def main(arguments=None):
         stream.reconfigure(errors="backslashreplace")  # a name that this terminal cannot write
     models.keep_memory()
     try:
-        looks = options.looks and cam.parse_looks(options.looks)
-        score_checkpoints(options.models, options.data, options.boxes, options.deletion, options.out, looks,
-                          sys.argv[1:] if arguments is None else arguments)
+        score_checkpoints(options.models, options.data, options.boxes, options.deletion, options.out,
+                          cam.parse_looks(options.looks), sys.argv[1:] if arguments is None else arguments)
     except KeyboardInterrupt:
         print("score.py: stopped; no file is half-written, and the same command starts anew", file=sys.stderr)
         sys.exit(130)
