@@ -459,8 +459,7 @@ def localisation(maps, boxes, n):
 
 
 def confusion_matrix(labels, predicted, classes):
-    """How many photos of each class are taken for which: (K, K) int64. Rows are what is there, columns what the network
-    says; labels, predicted: (N,) int64; classes: K, how many there are."""
+    """How many photos of each of K `classes` (rows) are taken for which (columns), (K, K). labels, predicted: (N,)."""
     return torch.bincount(labels * classes + predicted, minlength=classes**2).view(classes, classes)
 
 
@@ -643,8 +642,8 @@ def relative(argument):
 
 
 def score_checkpoints(paths, source, boxes_folder, deleted, out, looks, arguments):
-    """Score the checkpoints `paths` on the data `source`, write and print the results. looks: of `cam.parse_looks`, or
-    None; arguments: of the command, to be written down."""
+    """Score the checkpoints `paths` on the data `source`, write and print the results. looks: of `cam.parse_looks`;
+    arguments: of the command, to be written down."""
     import cam
     import data
     import models
