@@ -24,7 +24,7 @@ import re
 import shlex
 import sys
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from pathlib import Path
 from typing import NamedTuple
 
@@ -176,17 +176,17 @@ def average_drop_and_increase(probability_full, probability_masked):
 
 
 @torch.no_grad()
-def deletion_and_insertion(predict, images, maps, labels, steps=20, seed=0):
+def deletion_and_insertion(predict, images, maps, labels, steps=20):
     """Per photo: the mean probability of `labels` (N,) while its pixels go, and while they come, highest first: the
     area under the curve of Petsiuk et al. 2018, by trapezoids.
 
     predict: images -> probabilities (N, K); images: normalised, (N, 3, H, W). Deletion (lower is better) puts zero, the
     data set's mean, for a pixel; insertion (higher is better) starts at the photo blurred. Pixels of equal value go in
-    an order drawn from `seed`: row by row would be a preference of its own.
+    a random order, always the same: row by row would be a preference of its own.
     """
     n, _, height, width = images.shape
     blurred = gaussian_blur(images, kernel_size=11, sigma=5)
-    shuffle = torch.randperm(height * width, generator=torch.Generator().manual_seed(seed)).to(images.device)
+    shuffle = torch.randperm(height * width, generator=torch.Generator().manual_seed(0)).to(images.device)
     shuffled = upsample(finite(maps), (height, width)).flatten(1)[:, shuffle]
     order = shuffle[shuffled.argsort(dim=1, descending=True, stable=True)]
     rank = order.argsort(1).view(n, 1, height, width)  # 0: the pixel that goes first
@@ -202,20 +202,18 @@ def deletion_and_insertion(predict, images, maps, labels, steps=20, seed=0):
 
 
 def read_lines(path, form):
-    """[(line number, name, [int, ...])] of a file whose lines have the `form` "val/NAME.JPEG,x,y,..."."""
+    """Yields (line number, name, [int, ...]) of a file whose lines have the `form` "val/NAME.JPEG,x,y,..."."""
     try:
         lines = Path(path).read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError as error:
         raise ScoreError(f"{path} cannot be read ({error.strerror}): name another file (BOXES=)") from error
-    rows = []
     for number, line in enumerate(lines, 1):
-        file, *values = line.split(",")
         if not line.strip():
             continue
+        file, *values = line.split(",")
         if len(values) != form.count(",") or not all(re.fullmatch(r"\s*-?[0-9]+\s*", value) for value in values):
             raise ScoreError(f"{path}, line {number}: {line[:80]!r} is not {form} in whole numbers")
-        rows.append((number, Path(file).stem, [int(value) for value in values]))
-    return rows
+        yield number, Path(file).stem, [int(value) for value in values]
 
 
 def read_boxes(localization_path, sizes_path):
@@ -240,7 +238,7 @@ def pad_boxes(boxes):
     for i, of_photo in enumerate(boxes):
         if len(of_photo) == 0:
             raise ScoreError(f"photo {i} has no box: leave it out of the scores that need one")
-    return pad_sequence(list(boxes), batch_first=True)
+    return pad_sequence(boxes, batch_first=True)
 
 
 def inside(boxes, height, width):
@@ -255,9 +253,9 @@ def component_boxes(masks):
     """The box of every connected component (corners connect, holes are ignored) of masks (P, H, W) bool.
     Returns the mask it is in (M,), and x0, y0, x1, y1 in cells (M, 4), x1 and y1 exclusive, int64.
 
-    Works on runs, the unbroken stretches of a row, of all masks in one line, with an empty row and column before each
-    mask's own. Run i touches those runs one row on that neither begin after it ends nor end before it begins; as runs
-    are in order, these follow one another. Each run is labelled with the first run that it is connected to.
+    Works on runs, the unbroken stretches of a row, of all masks in one line, with an empty column before each mask and
+    an empty row after it. Run i touches those runs one row on that neither begin after it ends nor end before it
+    begins; as runs are in order, these follow one another. Each is labelled with the first that it is connected to.
     """
     height, stride = masks.shape[1] + 1, masks.shape[2] + 1
     line = F.pad(masks, (1, 0, 0, 1)).flatten().cpu().numpy()  # NumPy finds changes faster
@@ -268,10 +266,10 @@ def component_boxes(masks):
     runs = torch.arange(len(start), device=start.device)
     upper = runs.repeat_interleave(count)  # (pairs,), and `lower`: runs that touch
     lower = (first + count - count.cumsum(0))[upper] + torch.arange(len(upper), device=start.device)
-    label, before = runs, None
-    while before is None or not torch.equal(label, before):
-        before, lowest = label, torch.minimum(label[upper], label[lower])
-        label = label.scatter_reduce(0, label[upper], lowest, "amin").scatter_reduce(0, label[lower], lowest, "amin")
+    label = runs
+    while not torch.equal(label[upper], label[lower]):
+        one, other = label[upper], label[lower]
+        label = label.scatter_reduce(0, torch.maximum(one, other), torch.minimum(one, other), "amin")
         while not torch.equal(label, label[label]):
             label = label[label]
     row, x0 = start // stride, start % stride - 1
@@ -289,8 +287,8 @@ def best_iou_per_threshold(maps, boxes, thresholds=THRESHOLDS, size=SIZE):
     levels and boxes to whole cells, makes map boxes a cell too large, and adds a box for every hole: on 500 photos
     all of this together moved MaxBoxAccV2 by 0.2 points or less.
     """
-    table, thresholds = torch.zeros(len(maps), len(thresholds)).to(maps), thresholds.to(maps)[:, None, None]
-    before = None
+    table, before = maps.new_zeros(len(maps), len(thresholds)), None
+    thresholds = thresholds.to(maps)[:, None, None]
     for row, cells, of_photo in zip(table, finite(maps), pad_boxes(boxes).to(maps) * size, strict=True):
         if before is None or not torch.equal(cells, before):  # a control's map is the same for every photo
             mask, found = component_boxes(min_max(upsample(cells[None], size)) > thresholds)
@@ -299,41 +297,40 @@ def best_iou_per_threshold(maps, boxes, thresholds=THRESHOLDS, size=SIZE):
     return table
 
 
-def max_box_acc_v2(table, ious=IOUS):
-    """The share of photos of a table (N, T) whose IoU reaches one of `ious`, at the threshold that is best for these
-    very photos, mean over `ious` (Choe et al., wsolevaluation). As the literature reports it, which flatters."""
-    return sum((table >= iou).float().mean(0).max() for iou in ious) / len(ious)
+def max_box_acc_v2(tables, ious=IOUS):
+    """The share of photos of tables (..., N, T) whose IoU reaches one of `ious`, at the threshold that is best for
+    these very photos, mean over `ious` (Choe et al., wsolevaluation). As the literature reports it, which flatters."""
+    return sum((tables >= iou).float().mean(-2).amax(-1) for iou in ious) / len(ious)
 
 
-def cross_fitted(tables, iou):
-    """Per photo of tables (..., N, T): does its IoU reach `iou` (1, 0) at the threshold that is best for the other half
-    of the photos? Every other photo makes a half: all serve to be scored, and none for its own threshold."""
-    right = (tables >= iou).float()
-    values = torch.zeros_like(right[..., 0])  # (..., N)
-    for half in (0, 1):
-        best = right[..., 1 - half :: 2, :].mean(-2, keepdim=True).argmax(-1, keepdim=True)  # (..., 1, 1)
-        values[..., half::2] = torch.take_along_dim(right[..., half::2, :], best, -1)[..., 0]
-    return values
+def cross_fitted(tables, ious=IOUS):
+    """Per photo of tables (..., N, T): the share of `ious` that its IoU reaches, each at the threshold that is best for
+    the other half of the photos. Every other photo makes a half: all are scored, and none serves its own threshold."""
+    reached = torch.zeros(tables.shape[:-1], device=tables.device)  # (..., N)
+    for iou in ious:
+        right = (tables >= iou).float()
+        for half in (0, 1):
+            best = right[..., 1 - half :: 2, :].mean(-2, keepdim=True).argmax(-1, keepdim=True)  # (..., 1, 1)
+            reached[..., half::2] += torch.take_along_dim(right[..., half::2, :], best, -1)[..., 0]
+    return reached / len(ious)
 
 
-def cross_fitted_interval(tables, scored=None, ious=IOUS, resamples=50):
+def cross_fitted_interval(tables, scored=None):
     """The `Estimate` of MaxBoxAccV2, `cross_fitted`; tables (N, T), or (S, N, T) of S seeds. scored: it is that of the
     first `scored` photos, and the others help with the thresholds; None: of all.
 
-    Its variance is that of `resamples` in which each half's photos are drawn anew from that half, and thresholds fitted
-    anew (Efron 1979): with thresholds as they are, the interval holds 86 to 92 % instead of 95.
+    Its variance is that of 50 resamples in which each half's photos are drawn anew from that half, and thresholds
+    fitted anew (Efron 1979): with thresholds as they are, the interval holds 86 to 92 % instead of 95.
     """
-    tables, n = tables.reshape(-1, *tables.shape[-2:]), tables.shape[-2]
+    n = tables.shape[-2]
     scored, generator, means = scored or n, torch.Generator().manual_seed(0), []
-    for _ in range(resamples):
+    for _ in range(50):
         draw = torch.empty(n, dtype=torch.long)
         for half in (0, 1):
             count = len(draw[half::2])
             draw[half::2] = half + 2 * torch.randint(max(1, count), (count,), generator=generator)
-        again = sum(cross_fitted(tables[:, draw], iou) for iou in ious) / len(ious)  # (S, N)
-        means.append(again[:, draw < scored].mean())
-    values = sum(cross_fitted(tables, iou) for iou in ious) / len(ious)
-    return mean_interval(values[:, :scored], float(torch.stack(means).nan_to_num().double().var()))
+        means.append(cross_fitted(tables[..., draw, :])[..., draw < scored].mean())
+    return mean_interval(cross_fitted(tables)[..., :scored], float(torch.stack(means).nan_to_num().double().var()))
 
 
 def pointing_game(maps, boxes):
@@ -429,19 +426,18 @@ def faithfulness(network, photos, size, predicted, confidence, maps, deleted):
         return network(images).softmax(1)
 
     photos, few = (photos.subset(torch.arange(n)) for n in (maps.shape[1], min(deleted, maps.shape[1])))
-    drops, increases, deletions, insertions = [], [], [], []  # batch after batch, seed after seed
+    found = defaultdict(list)  # {score: (B,) of batch after batch, seed after seed}
     for of_seed in maps:
         for images, part in batches(photos, size):
             after = probabilities(masked(images, of_seed[part])).gather(1, predicted[part, None])[:, 0]
             drop, increase = average_drop_and_increase(confidence[part], after)
-            drops.append(drop)
-            increases.append(increase)
+            found["average drop"].append(drop)
+            found["increase in confidence"].append(increase)
         for images, part in batches(few, size):
             deletion, insertion = deletion_and_insertion(probabilities, images, of_seed[part], predicted[part])
-            deletions.append(deletion)
-            insertions.append(insertion)
-    found = {"average drop": drops, "increase in confidence": increases, "deletion": deletions, "insertion": insertions}
-    return {score: mean_interval(torch.cat(parts).view(len(maps), -1)) for score, parts in found.items() if parts}
+            found["deletion"].append(deletion)
+            found["insertion"].append(insertion)
+    return {score: mean_interval(torch.cat(parts).view(len(maps), -1)) for score, parts in found.items()}
 
 
 def localisation(maps, boxes, n):
@@ -449,10 +445,10 @@ def localisation(maps, boxes, n):
     of the first n; the others help with thresholds, and with the score of "all". Best thresholds are the literature's,
     there to be compared; no interval of theirs holds."""
     boxes = boxes[: maps.shape[1]]
-    tables = torch.stack([best_iou_per_threshold(of_seed, boxes) for of_seed in maps])  # (S, N, T)
-    pointing = torch.stack([pointing_game(of_seed, boxes) for of_seed in maps])
-    area, share = torch.stack([torch.stack(focus(of_seed, boxes)) for of_seed in maps], 1)  # (S, N) each
-    best = torch.stack([max_box_acc_v2(table[:n]) for table in tables]).mean()
+    per_seed = [(best_iou_per_threshold(of_seed, boxes), pointing_game(of_seed, boxes), *focus(of_seed, boxes))
+                for of_seed in maps]
+    tables, pointing, area, share = map(torch.stack, zip(*per_seed, strict=True))  # (S, N, T), the others (S, N)
+    best = max_box_acc_v2(tables[:, :n]).mean()
     scores = {"pointing game": mean_interval(pointing[:, :n]),
               "MaxBoxAccV2, cross-fitted": cross_fitted_interval(tables, n),
               "MaxBoxAccV2, best thresholds": Estimate(float(best), None, None, min(n, len(boxes))),
@@ -463,8 +459,7 @@ def localisation(maps, boxes, n):
 
 
 def confusion_matrix(labels, predicted, classes):
-    """How many photos of each class are taken for which: (K, K) int64. Rows are what is there, columns what the network
-    says; labels, predicted: (N,) int64; classes: K, how many there are."""
+    """How many photos of each of K `classes` (rows) are taken for which (columns), (K, K). labels, predicted: (N,)."""
     return torch.bincount(labels * classes + predicted, minlength=classes**2).view(classes, classes)
 
 
@@ -533,17 +528,10 @@ def summary_rows(results, networks, first):
         arrow = "" if score == "area above half" else " ↑"  # which is better neither small nor large
         n = f"{results[score, first, OWN].n:,}"
         rows.append([score + arrow, n, *cells(score, OWN, networks), *cells(score, SQUARE, [first])])
-        to_square = cells(score, TO_SQUARE, networks)
-        to_first = cells(score, OWN, [f"{network} minus {first}" for network in networks])
-        rows += [[f"  minus {SQUARE}", "", *to_square, ""]] if any(to_square) else []
-        rows += [[f"  minus {first}", "", *to_first, ""]] if any(to_first) else []
+        differences = {SQUARE: cells(score, TO_SQUARE, networks),
+                       first: cells(score, OWN, [f"{network} minus {first}" for network in networks])}
+        rows += [[f"  minus {other}", "", *row, ""] for other, row in differences.items() if any(row)]
     return rows if any(row[-1] for row in rows[1:]) else [row[:-1] for row in rows]  # without boxes, no square
-
-
-def long_table(results):
-    """All of `compare`'s results in Markdown, a line each."""
-    rows = [[*key, f"{estimate.n:,}", str(estimate)] for key, estimate in results.items()]
-    return write_table([["score", "network", "map", "n", "%, [95 % interval]"], *rows], "markdown")
 
 
 def csv_table(results):
@@ -560,9 +548,8 @@ def write_table(rows, form):
     the right. form: "text", to read in a terminal, "markdown", or "latex" (with the package booktabs)."""
     if form == "latex":
         header, *body = (" & ".join(map(escape_latex, row)) + r" \\" for row in rows)
-        columns = "l" + "r" * (len(rows[0]) - 1)
-        return "\n".join([rf"\begin{{tabular}}{{{columns}}}", r"\toprule", header, r"\midrule", *body, r"\bottomrule",
-                          r"\end{tabular}", ""])
+        begin = r"\begin{tabular}{l" + "r" * (len(rows[0]) - 1) + "}"
+        return "\n".join([begin, r"\toprule", header, r"\midrule", *body, r"\bottomrule", r"\end{tabular}", ""])
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = [[f"{cell:{'>' if i else '<'}{widths[i]}}" for i, cell in enumerate(row)] for row in rows]
     if form == "text":
@@ -575,8 +562,9 @@ def escape_latex(text):
     """Any text as LaTeX shows it; arrows, leading spaces and the minus of numbers as mathematics."""
     special = {c: "\\" + c for c in "&%$#_{}"} | {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}",
                "^": r"\textasciicircum{}", "↑": r"$\uparrow$"}
-    escaped = "".join(special.get(character, character) for character in text.lstrip())
-    return r"\quad " * (text != text.lstrip()) + re.sub(r"(?<![^\s\[])-(?=\d)", "$-$", escaped)
+    shown = text.lstrip()
+    indent = r"\quad " if shown != text else ""
+    return indent + re.sub(r"(?<![^\s\[])-(?=\d)", "$-$", shown.translate(str.maketrans(special)))
 
 
 # ---------------------------------------------------------------- the command
@@ -593,11 +581,11 @@ def check_out(out):
     return base
 
 
-def same_network(a, b):
-    """Whether two (network, facts) compute the same: equal weights, looks and classes."""
-    states = [network.state_dict() for network, _ in (a, b)]
-    return all(a[1][key] == b[1][key] for key in ("arch", "looks", "classes")) and all(
-        torch.equal(tensor, states[1][key]) for key, tensor in states[0].items())
+def same_network(network, facts, other, other_facts):
+    """Whether two networks compute the same: equal weights, looks and classes."""
+    weights, other_weights = network.state_dict(), other.state_dict()
+    return all(facts[key] == other_facts[key] for key in ("arch", "looks", "classes")) and all(
+        torch.equal(tensor, other_weights[key]) for key, tensor in weights.items())
 
 
 def name_networks(paths, loaded):
@@ -605,7 +593,7 @@ def name_networks(paths, loaded):
     given twice, by whatever path, is scored once, and it is said; the same weights with other looks are another one."""
     named = {}
     for path, (network, facts) in zip(paths, loaded, strict=True):
-        if twin := next((known for known in named.values() if same_network(known[1:], (network, facts))), None):
+        if twin := next((known for known in named.values() if same_network(*known[1:], network, facts)), None):
             print(f"{path} is the same network as {twin[0]}: it is scored once", file=sys.stderr)
             continue
         others = sum(known["arch"] == facts["arch"] for *_, known in named.values())
@@ -626,20 +614,22 @@ def load_boxes(folder, named, val):
     named: the folder of boxes that the user names, or None: the data's own, if it has some."""
     import data
 
-    source, boxed = Path(named or folder).expanduser(), []
+    source, boxes = Path(named or folder).expanduser(), {}
     if named or (source / "localization.txt").exists():
-        boxes, train = read_boxes(source / "localization.txt", source / "image_sizes.txt"), data.load(folder, "train")
-        stems = Counter(Path(name).stem for name in [*val.names, *train.names])
-        if twice := next((stem for stem, count in stems.items() if count > 1 and stem in boxes), None):
-            raise ScoreError(f"{source} has boxes of {twice}, but several photos in {folder} are named so: rename them")
-        boxed = [with_boxes(val, boxes), with_boxes(train, boxes, TRAIN_BOXES)]
-        if named and not boxed[0][1]:
+        boxes = read_boxes(source / "localization.txt", source / "image_sizes.txt")
+    of_val = with_boxes(val, boxes)
+    if not of_val[1]:
+        if named:
             raise ScoreError(f"{source} has no boxes of photos in {folder}'s val: name other boxes (--boxes)")
-    if not boxed or not boxed[0][1]:
         return [], "no boxes of val, so no localisation: name a folder with localization.txt, image_sizes.txt (--boxes)"
-    if not boxed[1][1]:
-        return boxed[:1], f"{source} has no boxes of train: thresholds are fitted on val's alone"
-    return boxed, ""
+    train = data.load(folder, "train")
+    stems = Counter(Path(name).stem for name in [*val.names, *train.names])
+    if twice := next((stem for stem, count in stems.items() if count > 1 and stem in boxes), None):
+        raise ScoreError(f"{source} has boxes of {twice}, but several photos in {folder} are named so: rename them")
+    of_train = with_boxes(train, boxes, TRAIN_BOXES)
+    if not of_train[1]:
+        return [of_val], f"{source} has no boxes of train: thresholds are fitted on val's alone"
+    return [of_val, of_train], ""
 
 
 def relative(argument):
@@ -652,8 +642,8 @@ def relative(argument):
 
 
 def score_checkpoints(paths, source, boxes_folder, deleted, out, looks, arguments):
-    """Score the checkpoints `paths` on the data `source`, write and print the results. looks: of `cam.parse_looks`, or
-    None; arguments: of the command, to be written down."""
+    """Score the checkpoints `paths` on the data `source`, write and print the results. looks: of `cam.parse_looks`;
+    arguments: of the command, to be written down."""
     import cam
     import data
     import models
@@ -663,6 +653,10 @@ def score_checkpoints(paths, source, boxes_folder, deleted, out, looks, argument
     folder = data.prepare(source)
     val = data.load(folder, "val")
     boxed, missing = load_boxes(folder, boxes_folder, val)
+    notes = [missing] if missing else []
+    if boxed:
+        notes.append("cross-fitted: box thresholds of each half of the photos are the best of the other half; "
+                     "all: with photos of train")
     scores, pictures = {}, {}
     run = dict(command=shlex.join(["python", "score.py", *map(relative, arguments)]), networks={}, seconds={},
                machine=models.machine(), precision="float32")
@@ -671,24 +665,26 @@ def score_checkpoints(paths, source, boxes_folder, deleted, out, looks, argument
         scores[name], matrix = score_network(models.fold_norms(network), facts, val, boxed, deleted, name)
         run["seconds"][name] = round(time.time() - started, 1)
         facts |= dict(accuracy=scores[name][OWN]["accuracy"].value, accuracy_on="val", accuracy_n=len(val))
-        pictures[name] = cam.confusion_picture(matrix, facts["classes"], cam.describe(facts))
+        description = cam.describe(facts)
         run["networks"][name] = dict(
-            path=relative(path), description=cam.describe(facts), looks=facts["looks"], accuracy_n=len(val),
+            path=relative(path), description=description, looks=facts["looks"], accuracy_n=len(val),
             epochs=facts["settings"].get("epochs"), best_epoch=facts.get("epoch"), seed=facts["settings"].get("seed"))
-    write_results(out, compare(scores), list(scores), [missing] if missing else [], run, pictures)
+        pictures[name] = cam.confusion_picture(matrix, facts["classes"], description)
+        notes.append(f"{name}: {relative(path)}, {description}")
+    write_results(out, compare(scores), notes, run, pictures)
 
 
-def write_results(out, results, networks, notes, run, pictures):
+def write_results(out, results, notes, run, pictures):
     """Write the summary and all results as `out`.md, the summary as .tex, all results as .csv, how they came about (a
     dictionary, `run`) as .json, and {network: picture}; print the summary and the notes."""
     import cam
     import models
 
-    if ("pointing game", networks[0], OWN) in results:
-        notes = [*notes, "cross-fitted: box thresholds of each half of the photos are the best of the other half; "
-                 "all: with photos of train"]
-    notes = [*notes, *(f"{name}: {facts['path']}, {facts['description']}" for name, facts in run["networks"].items())]
-    markdown = [summary(results, networks, "markdown"), *(f"- {note}" for note in notes), "", long_table(results)]
+    networks = list(run["networks"])
+    rows = [["score", "network", "map", "n", "%, [95 % interval]"]]
+    rows += [[*key, f"{estimate.n:,}", str(estimate)] for key, estimate in results.items()]
+    markdown = [summary(results, networks, "markdown"), *(f"- {note}" for note in notes), "",
+                write_table(rows, "markdown")]
     texts = {".md": "\n".join(markdown), ".csv": csv_table(results), ".tex": summary(results, networks, "latex"),
              ".json": json.dumps(run, indent=1) + "\n"}
     Path(out).parent.mkdir(parents=True, exist_ok=True)
@@ -727,9 +723,8 @@ def main(arguments=None):
         stream.reconfigure(errors="backslashreplace")  # a name that this terminal cannot write
     models.keep_memory()
     try:
-        looks = options.looks and cam.parse_looks(options.looks)
-        score_checkpoints(options.models, options.data, options.boxes, options.deletion, options.out, looks,
-                          sys.argv[1:] if arguments is None else arguments)
+        score_checkpoints(options.models, options.data, options.boxes, options.deletion, options.out,
+                          cam.parse_looks(options.looks), sys.argv[1:] if arguments is None else arguments)
     except KeyboardInterrupt:
         print("score.py: stopped; no file is half-written, and the same command starts anew", file=sys.stderr)
         sys.exit(130)

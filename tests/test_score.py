@@ -635,8 +635,8 @@ def test_max_box_acc_v2_takes_the_best_threshold_of_each_iou():
 def test_cross_fitted_uses_the_threshold_of_the_other_half():
     table = torch.tensor([[0.9, 0.1, 0.0], [0.1, 0.6, 0.9], [0.8, 0.6, 0.0], [0.4, 0.1, 0.7], [0.2, 0.9, 0.9]])
     # Best for photos 0, 2, 4 is the first threshold (two of three), for 1 and 3 the last (both).
-    assert score.cross_fitted(table, 0.5).tolist() == [0, 0, 0, 0, 1]
-    assert score.max_box_acc_v2(table, [0.5]) > score.cross_fitted(table, 0.5).mean()
+    assert score.cross_fitted(table, [0.5]).tolist() == [0, 0, 0, 0, 1]
+    assert score.max_box_acc_v2(table, [0.5]) > score.cross_fitted(table, [0.5]).mean()
 
 
 def test_the_centred_square_finds_centred_boxes():
@@ -702,11 +702,10 @@ def command(monkeypatch, capsys):
         out, err = capsys.readouterr()
         return status, out, err
 
-    monkeypatch.setattr(score, "SIZE", 56)  # coarse, but quick
     for constant, few in (("RANDOM_PHOTOS", 4), ("DROP_PHOTOS", 8), ("TRAIN_BOXES", 20)):
         monkeypatch.setattr(score, constant, few)
-    monkeypatch.setattr(score.best_iou_per_threshold, "__defaults__", (score.THRESHOLDS[::10], 56))
-    monkeypatch.setattr(score.deletion_and_insertion, "__defaults__", (3, 0))  # steps, seed
+    monkeypatch.setattr(score.best_iou_per_threshold, "__defaults__", (score.THRESHOLDS[::10], 56))  # coarse
+    monkeypatch.setattr(score.deletion_and_insertion.__wrapped__, "__defaults__", (3,))  # steps
     return call
 
 
