@@ -655,8 +655,8 @@ def score_checkpoints(paths, source, boxes_folder, deleted, out, looks, argument
     boxed, missing = load_boxes(folder, boxes_folder, val)
     notes = [missing] if missing else []
     if boxed:
-        notes.append("cross-fitted: box thresholds of each half of the photos are the best of the other half; "
-                     "all: with photos of train")
+        notes.append("cross-fitted: box thresholds of each half of the photos are the best of the other half"
+                     + ("; all: with photos of train" if len(boxed) > 1 else ""))
     scores, pictures = {}, {}
     run = dict(command=shlex.join(["python", "score.py", *map(relative, arguments)]), networks={}, seconds={},
                machine=models.machine(), precision="float32")

@@ -687,20 +687,16 @@ def test_a_dead_process_ends_the_others_and_the_same_command_goes_on(start, fres
 @linux
 @long
 def test_neither_memory_nor_open_files_grow(demo, tmp_path, monkeypatch):
-    memory, files, crops, save, sides = [], [], [], train.save_epoch, train.sides
+    memory, files, sizes, save = [], [], [], train.save_epoch
 
-    def save_and_measure(*things):
-        save(*things)
+    def save_and_measure(folder, rows, *more):
+        save(folder, rows, *more)
+        sizes.append(rows[-1]["size"])
         memory.append(int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize() / 2**20)
         files.append(len(os.listdir("/proc/self/fd")))
 
-    def sides_and_remember(*things):
-        crops.append(sides(*things)[0])
-        return sides(*things)
-
     monkeypatch.setattr(train, "save_epoch", save_and_measure)
-    monkeypatch.setattr(train, "sides", sides_and_remember)
     training(demo, tmp_path, epochs=60)
     assert len(files) == 60 and len(set(files[10:])) == 1
-    assert crops[22] == crops[-1]  # before that they grow, and what they need with them
+    assert sizes[22] == sizes[-1] != sizes[0]  # before that crops grow, and what they need with them
     assert max(memory[-10:]) - max(memory[22:32]) < 16  # MiB
