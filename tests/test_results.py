@@ -70,7 +70,7 @@ def test_without_measurements_every_row_is_not_measured(gathered):
     text = gathered()
     names = [name for name, _, _ in results.PROTOCOLS]
     assert [name for name in re.findall(r"^\| ([^|]+) \|", text, re.M) if name in names] == names
-    for name in (*names, "CNN, 64 px, to pass 72 %"):
+    for name in (*names, "CNN, 64 → 96 px, to pass 72 %"):
         assert row(text, f"{name} |")[2:] == ["not measured", "", ""]
     for name in ("an epoch of the CNN", "this project", "the usual way", "pointing game"):
         assert "not measured" in row(text, name)
@@ -79,8 +79,8 @@ def test_without_measurements_every_row_is_not_measured(gathered):
 def test_a_training_is_a_row_with_its_source(gathered, tmp_path):
     training(tmp_path, "cnn", last=0.89534, epochs=100)
     text = gathered()
-    assert row(text, "CNN, 64 px, 100 epochs") == ["CNN, 64 px, 100 epochs", "72 % (report)", "89.53 %", "60 min", "1"]
-    assert row(text, "CNN, 64 px, to pass 72 %")[2:] == ["2 epochs", "95 s", "1"]
+    assert row(text, "CNN, 64 → 96 px, 100 epochs")[1:] == ["72 % (report)", "89.53 %", "60 min", "1"]
+    assert row(text, "CNN, 64 → 96 px, to pass 72 %")[2:] == ["2 epochs", "95 s", "1"]
     source = " ".join(re.search(r"^1\. .*?(?=\n\n)", text, re.M | re.S)[0].split())
     assert source == ("1. `python train.py cnn --seed 0 --data imagenette`; seed 0; 100 epochs; 3,925 photos of val; "
                       "best 90.53 % after epoch 3; commit abc1234; Made Up 9, AVX512, 2 cores, 24 GiB, float32, "
@@ -93,8 +93,8 @@ def test_seeds_are_one_row_with_mean_and_deviation(gathered, tmp_path):
     for seed, last in enumerate((0.87, 0.88, 0.89)):
         training(tmp_path, f"cnn-128-5-{seed}", last, seed, epochs=5, crop=128, size=128)
     text = gathered()
-    assert row(text, "CNN, 128 px, 5 epochs")[:3] == ["CNN, 128 px, 5 epochs, 3 seeds", "87.43 % (leaderboard)",
-                                                      "88.00 ± 1.00 %"]
+    name = "CNN, 128 → 128 px, 5 epochs, 3 seeds"
+    assert row(text, name)[:3] == [name, "87.43 % (leaderboard)", "88.00 ± 1.00 %"]
     assert "seeds 0, 1, 2; 5 epochs" in text and "best 89.00 ± 1.00 %" in " ".join(text.split())
 
 
@@ -104,7 +104,7 @@ def test_a_seed_of_two_commits_is_two_rows(gathered, tmp_path):
     (tmp_path / "runs").rename(tmp_path / "old")
     training(tmp_path, "cnn", 0.86, epochs=20, machine=dict(commit="def5678"))
     text = gathered()
-    assert re.findall(r"^\| CNN, 64 px, 20 epochs \|.* (\S+ %) \|", text, re.M) == ["85.00 %", "86.00 %"]
+    assert re.findall(r"^\| CNN, 64 → 96 px, 20 epochs \|.* (\S+ %) \|", text, re.M) == ["85.00 %", "86.00 %"]
 
 
 def test_looks_crops_and_other_recipes_have_rows_of_their_own(gathered, tmp_path):
@@ -118,13 +118,13 @@ def test_looks_crops_and_other_recipes_have_rows_of_their_own(gathered, tmp_path
     names = ("MobileNetV2, one look", "MobileNetV2, two looks", "CNN, plain 64 x 64 crops", "`wide`", "`held`")
     assert [row(text, name)[2] for name in names] == ["97.00 %", "98.00 %", "85.00 %", "91.00 %", "92.00 %"]
     assert "1,420 photos of held-out train" in " ".join(text.split())
-    assert row(text, "CNN, 64 px, 100 epochs")[2] == "not measured"
+    assert row(text, "CNN, 64 → 96 px, 100 epochs")[2] == "not measured"
     assert "elsewhere" not in (tmp_path / "results/two-abc1234/result.json").read_text()
 
 
 def test_an_earlier_recipe_is_named_so(gathered, tmp_path):
     training(tmp_path, "cnn", 0.85, epochs=20, version=train.Recipe.version - 1)
-    assert row(gathered(), "CNN, 64 px, 20 epochs, an earlier recipe")[2] == "85.00 %"
+    assert row(gathered(), "CNN, 64 → 96 px, 20 epochs, an earlier recipe")[2] == "85.00 %"
 
 
 def test_two_machines_do_not_overwrite_each_other_and_a_repetition_replaces(gathered, tmp_path):
