@@ -443,8 +443,9 @@ def parse_arguments(arguments=None):
     add("--unfreeze", action="store_true", help="train every layer, not the last one alone")
     add_recipe("epochs", in_range(int, 1), "passes over the photos")
     add_recipe("crop", in_range(int, 1, 4096), "side of a training crop, px")
-    add("--plain-crop", action="store_true", help="crops at the photo's own scale, instead of random resized ones")
-    add_recipe("size", in_range(int, 1, 4096), "side of the photos in evaluation, px")
+    add("--plain-crop", action="store_true", help="crops at the photo's own scale, instead of random resized ones; "
+                                              "give --size that scale too (ImageNette: 160)")
+    add_recipe("size", in_range(int, 1, 4096), "side of the photos in evaluation, px; 3/2 of another --crop of the cnn")
     add("--looks", type=sizes, default=argparse.SUPPRESS, metavar="PX,PX,...",
         help="sides of the photos when maps are made, and for the features under a head; their feature maps are "
              "averaged (default: 2/3, 1 and 4/3 of --size for the cnn, 1 and 10/7 of it for other networks)")
@@ -471,6 +472,8 @@ def parse_arguments(arguments=None):
     weights = getattr(options, "weights", None if training == "scratch" else "imagenet")
     given = {field.name: getattr(options, field.name) for field in fields(Recipe) if field.name in options}
     values = DEFAULTS[training] | given | dict(training=training, weights=None if weights == "none" else weights)
+    if training == "scratch" and "size" not in given:  # a crop is enlarged: objects are about as large in such a photo
+        values["size"] = max(8, 8 * round(3 / 2 * values["crop"] / 8))
     values.setdefault("looks", default_looks(options.arch, values["size"]))
     options.name = getattr(options, "name", options.arch)
     if options.dry_run:

@@ -195,6 +195,12 @@ def test_crops_grow_to_their_side_and_photos_in_validation_with_them():
     assert train.sides(recipe_of("cnn", "--crop", 5, "--size", 16), 0) == (5, 16)
 
 
+@pytest.mark.parametrize("crop, size", [(None, 96), (128, 192), (88, 128), (1, 8)])
+def test_the_cnn_is_evaluated_at_one_and_a_half_times_its_crops(crop, size):
+    assert recipe_of("cnn", *(["--crop", crop] if crop else [])).size == size
+    assert recipe_of("cnn", "--crop", crop or 64, "--size", 100).size == 100
+
+
 def test_pieces_at_the_photos_own_scale_and_whole_photos_do_not_grow():
     assert train.sides(recipe_of("cnn", "--plain-crop", "--size", 160), 0) == (64, 160)
     assert train.sides(recipe_of("resnet18"), 0) == (0, 224)
