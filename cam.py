@@ -46,7 +46,7 @@ TEXT_SIZE = 7
 GAP = 4  # between photos
 BAR_WIDTH, BAR_HEIGHT = 84, 9  # of the colour bar
 LINE, RIM, FRAME = 0.6, 1.4, 1.2  # the line around a region, with its light rim; the frame of a mistake
-TALLEST = 200  # the height of a photo
+TALLEST = 200  # a photo is no higher
 
 PICTURES = (".png", ".pdf")  # the suffixes of what can be written
 MOST_PHOTOS, MOST_CLASSES = 100, 50  # in a figure, in a confusion picture
@@ -179,7 +179,7 @@ def outline(picture, class_map, width=1.0, rim=2.4):
     if pixels.max() <= 0:
         return picture
     height = pixels - pixels.max() / 2  # above the region's edge
-    # To first order the edge is |height| / slope pixels away; the slope is that to the steeper neighbours.
+    # To first order the edge is |height| / slope pixels away; the slope is the larger of those to both sides.
     dy, dx = F.pad(height.diff(dim=0).abs(), (0, 0, 1, 1)), F.pad(height.diff(dim=1).abs(), (1, 1))
     slope = torch.hypot(torch.maximum(dy[1:], dy[:-1]), torch.maximum(dx[:, 1:], dx[:, :-1]))
     distance = height.abs() / slope.clamp(min=1e-12)

@@ -85,7 +85,7 @@ class ConvNorm(nn.Sequential):
 
     stride 2 halves the image with 4 x 4 filters, whose centres lie on those of 2 x 2 blocks of pixels, so that a
     cell of the map lies exactly where upsampling draws it; the centres of 3 x 3 filters would be half a pixel off,
-    3.5 pixels after three halvings.
+    0.5 * (1 + 2 + 4) = 3.5 pixels of the image after three halvings.
     """
 
     def __init__(self, inputs, outputs, stride=1):
@@ -131,11 +131,11 @@ def cnn(classes=10, width=192):
 
 @torch.no_grad()
 def whiten(network, images, eps=1e-3):
-    """Make the first layer of a `cnn` the principal components of `images` (N, 3, H, W), and freeze it.
+    """Make the first layer of a `cnn` the principal components of the patches of `images` (N, 3, H, W), and freeze it.
 
-    The patches that its filters see vary mostly in brightness. Their principal components, each divided by its
-    standard deviation, are uncorrelated and vary alike, so that the layers above learn from all of them at once (Coates
-    & Ng 2012; Jordan 2024). Half of the filters are the negatives of the other half, for ReLU drops one side.
+    The 4 x 4 x 3 patches that its filters see vary mostly in brightness. Their 16 largest principal components, each
+    divided by its standard deviation, are uncorrelated and vary alike, so that the layers above learn from all of them
+    at once (Coates & Ng 2012; Jordan 2024). The other 16 filters are their negatives, for ReLU drops one side.
     """
     conv = network.features[0][0]
     patches = F.unfold(images.float().cpu(), conv.kernel_size, stride=conv.stride)  # (N, P, places)
@@ -194,7 +194,7 @@ def take_apart(network, arch):
     apart = CAMNet(body["features"] if list(body) == ["features"] else nn.Sequential(body), steps[0])
     x = torch.randn(2, 3, 128, 128, generator=torch.Generator().manual_seed(0))
     try:
-        with torch.no_grad():  # in how two images differ, by its own scale: a new network's logits can be 1e-14
+        with torch.no_grad():  # how two images differ, relatively: a new network's logits can be 1e-14
             own, ours = (logits[0] - logits[1] for logits in (network.eval()(x), apart.eval()(x)))
         same = (own - ours).norm() <= 1e-2 * own.norm()
     except Exception:  # parts that do not even fit together: branches, tokens, fixed sizes

@@ -47,7 +47,7 @@ class Recipe:
     training: str  # a key of DEFAULTS
     epochs: int
     crop: int  # px, side of a training crop
-    size: int  # px, side of the photos in evaluation; where a head is trained, of no meaning beside `looks`
+    size: int  # px, side of the photos in evaluation; where a head is trained, `looks` alone counts
     looks: tuple  # px, sides of the photos when maps are made, and for stored features
     batch_size: int
     lr: float  # at its peak
@@ -71,7 +71,7 @@ DEFAULTS = {
 def default_looks(arch, size):
     """The sizes (px) at which photos are looked at when maps are made, by a network that is evaluated at `size`.
 
-    The CNN gains by looking from further off and closer, a pretrained network by looking closer alone. Multiples of the
+    The CNN's maps gain by smaller and larger photos, those of a pretrained network by larger ones. Multiples of the
     width of a map's cell (8 or 32 px) leave no cell half empty.
     """
     factors, cell = ((2 / 3, 4 / 3), 8) if arch == "cnn" else ((10 / 7,), 32)
@@ -155,9 +155,10 @@ def one_cycle(step, steps, warmup=0.05):
 def sides(recipe, epoch):
     """The sides (px) of an epoch's training crops, and of the photos that validate it.
 
-    Crops grow from 3/4 of `recipe.crop` to all of it by the time that 3/4 of the training is over, in steps of 8 px:
-    small ones are faster, and harder to learn by heart (progressive resizing: Howard 2018; Tan & Le 2021). Photos in
-    validation keep their proportion to them. Pieces at the photo's own scale, and whole photos, stay as they are.
+    Crops grow from about 3/4 of `recipe.crop` to all of it by the time that 3/4 of the training is over, in steps of 8
+    px: small ones are faster, and harder to learn by heart (progressive resizing: Howard 2018; Tan & Le 2021). Photos
+    in validation grow with them, so that early accuracies are those of smaller photos. Pieces at the photo's own scale,
+    and whole photos, stay as they are.
     """
     if recipe.plain_crop or recipe.training == "head":
         return recipe.crop, recipe.size
@@ -187,8 +188,8 @@ def orthogonalise(matrices, dtype=torch.float32):
     values near 1.
 
     Newton-Schulz steps x <- (3.4445 - 4.775 xx' + 2.0315 (xx')^2) x bring singular values to 0.7..1.2 in three steps,
-    but those that are below a fiftieth of the norm, which are only raised. Polynomials of xx' commute, so their product
-    is found among small (m, m) matrices first, and the large x is multiplied but twice.
+    but those that are below a fiftieth of the Frobenius norm, which are only raised. Polynomials of xx' commute, so
+    their product is found among small (m, m) matrices first, and the large x is multiplied but twice.
     """
     tall = matrices.shape[-2] > matrices.shape[-1]
     x = matrices.mT if tall else matrices  # (..., m, n), m <= n
@@ -209,8 +210,9 @@ class Muon(torch.optim.Optimizer):
 
     A gradient is dominated by few directions; orthogonalised, a step moves all of them alike. What is no bank of
     filters over many channels (vectors, linear layers, filters of the photo or of one channel) takes plain SGD steps,
-    at `PLAIN_LR` times the learning rate. Weight decay is for the banks alone: where normalisation follows, their
-    norm does not matter, but sets how far a step turns them. Banks of one shape are a group, and one stack of matrices.
+    at `PLAIN_LR` times the learning rate. Weight decay is for the banks alone: normalisation follows them, so that
+    their size does not change what they compute, only how far a step turns them: decay keeps it from growing. Banks of
+    one shape are a group, and one stack of matrices.
     """
 
     def __init__(self, network, lr, weight_decay, momentum=0.9, dtype=torch.float32):
@@ -240,7 +242,7 @@ class Muon(torch.optim.Optimizer):
             if group["orthogonal"]:
                 matrices = torch.stack([update.flatten(1) for update in updates])  # (banks, filters, weights)
                 rows, columns = matrices.shape[1:]
-                matrices = orthogonalise(matrices, self.dtype) * max(1, rows / columns) ** 0.5
+                matrices = orthogonalise(matrices, self.dtype) * max(1, rows / columns) ** 0.5  # rows of norm 1
                 updates = [matrix.view(p.shape) for matrix, p in zip(matrices, parameters, strict=True)]
             torch._foreach_mul_(parameters, 1 - rate * group["weight_decay"])
             torch._foreach_add_(parameters, updates, alpha=-rate)
@@ -261,7 +263,7 @@ class Average:
     def update(self, module):
         """Take in the weights of `module` after another step."""
         self.steps += 1
-        share = 1 - (1 - 1 / self.steps) ** 16
+        share = 1 - (1 - 1 / self.steps) ** 16  # of the latest, for the sum of all t^15 grows as t^16
         mean, new = ([t.detach() for t in (*of.parameters(), *of.buffers()) if t.is_floating_point()]
                      for of in (self.module, module))
         torch._foreach_lerp_(mean, new, share)
@@ -270,19 +272,19 @@ class Average:
 def train_epoch(network, batches, plan, optimizer, scaler, precision, smoothing=0.0, average=None):
     """Train `network` on one epoch of (x, labels), x images or features.
 
-    plan: for each step, its learning rate and how many photos a process has in it on average; one process has them
-    all, and where there are several, a smaller part weighs less, so that their mean gradient is that of the batch.
+    plan: for each step, its learning rate and how many of its photos each process has on average. Where there are
+    several, their gradients are averaged: a process with fewer photos weighs less, so that each photo weighs the same.
     average: an `Average` to be kept up. Returns the losses (steps,), on the device, and how many photos were right, of
     how many.
     """
     network.train()
     losses, correct, seen = [], 0, 0
-    for (x, labels), (rate, share) in zip(batches, plan, strict=True):
+    for (x, labels), (rate, usual) in zip(batches, plan, strict=True):
         for group in optimizer.param_groups:
             group["lr"] = rate
         with torch.autocast(x.device.type, precision.dtype, enabled=precision.dtype is not None):
             logits = network(x)
-        loss = F.cross_entropy(logits.float(), labels, label_smoothing=smoothing) * (len(labels) / share)
+        loss = F.cross_entropy(logits.float(), labels, label_smoothing=smoothing) * (len(labels) / usual)
         scaler.scale(loss).backward()
         scaler.step(optimizer)
         scaler.update()
@@ -313,15 +315,14 @@ def evaluate(network, batches, precision, classes):
 
 
 @torch.no_grad()
-def stored_features(network, photos, size, precision, mirrored):
+def stored_features(network, photos, size, mirrored):
     """What the frozen part of `network` says of every photo at `size` px and, if `mirrored`, of its mirror image:
     (1 or 2, N, C) float32, averaged over the map, and labels (N,), both on the photos' device."""
     frozen, stored, done, started = models.fold_norms(network).features, [], 0, time.time()
     batch_size = 16 if photos.device.type == "cpu" else 256  # photos at once
     for x, _ in data.eval_batches(photos, size, batch_size):
-        with torch.autocast(x.device.type, precision.dtype, enabled=precision.dtype is not None):
-            views = [x, x.flip(3)] if mirrored else [x]
-            stored.append(torch.stack([frozen(view).float().mean((2, 3)) for view in views]))
+        views = [x, x.flip(3)] if mirrored else [x]
+        stored.append(torch.stack([frozen(view).mean((2, 3)) for view in views]))
         done += len(x)
         data.progress("features:", done, len(photos), started, "photos")
     return torch.cat(stored, 1), photos.labels.to(photos.device)
@@ -450,7 +451,7 @@ def parse_arguments(arguments=None):
         help="sides of the photos when maps are made, and for the features under a head; their feature maps are "
              "averaged (default: 2/3, 1 and 4/3 of --size for the cnn, 1 and 10/7 of it for other networks)")
     add_recipe("batch-size", in_range(int, 1), "photos in a step")
-    add_recipe("lr", in_range(float, 0, 1e37), "peak learning rate")
+    add_recipe("lr", in_range(float, 0, 1e37), f"peak learning rate of filters; {PLAIN_LR:g} times it for all else")
     add_recipe("width", in_range(int, 8, 4096), "channels of the cnn at 1/8 of the photo's side")
     add("--holdout", type=in_range(float, 0, 1), default=0.0, help="share of train to validate on, in place of val")
     add("--seed", type=in_range(int, 0, 2**40), default=0, help="decides initial weights, order and crops")
@@ -556,8 +557,8 @@ def make_batches(recipe, network, photos, val, precision):
 
         return network, train_batches, lambda epoch: data.eval_batches(val, sides(recipe, epoch)[1], 128)
 
-    features, labels = stored_features(network, photos, recipe.looks[-1], precision, mirrored=True)  # (2, N, C), (N,)
-    val_features, val_labels = stored_features(network, val, recipe.looks[-1], precision, mirrored=False)
+    features, labels = stored_features(network, photos, recipe.looks[-1], mirrored=True)  # (2, N, C), (N,)
+    val_features, val_labels = stored_features(network, val, recipe.looks[-1], mirrored=False)
 
     def feature_batches(epoch):  # each photo once, as it is or mirrored
         generator = torch.Generator().manual_seed(epoch_seed(recipe, epoch))
@@ -656,7 +657,7 @@ def val_scores(totals):
 
 
 def finish(folder, rows, val, precision):
-    """Write result.json, the last file of a run; best.pt gets the accuracy of all its looks, if training saw one."""
+    """Write result.json, the last file of a run; best.pt gets the accuracy of all its looks, if val was seen at one."""
     contents = models.read(folder / "best.pt")
     key = models.looks_key(contents["looks"])
     if key not in contents["accuracies"]:
@@ -681,6 +682,8 @@ def train(recipe, options):
     models.keep_memory()
     device = choose_device(options.device)
     precision = choose_precision(device)
+    if recipe.training == "head":  # one pass, in the precision of maps: bfloat16 moves a photo's features by a seventh
+        precision = precision._replace(dtype=None, scale=False)
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")  # TF32 for the products that stay in float32
     if WORLD > 1:

@@ -499,12 +499,20 @@ def features_of(network, photos, size, mirror):
 def test_stored_features_are_those_of_the_network(demo, mirrored):
     network, photos = frozen_resnet(), data.load(demo, "val")
     before = {k: v.clone() for k, v in network.state_dict().items()}
-    stored, labels = train.stored_features(network, photos, 32, FLOAT32, mirrored)
+    stored, labels = train.stored_features(network, photos, 32, mirrored)
     assert torch.equal(labels, photos.labels)
     assert stored.dtype == torch.float32 and not stored.requires_grad and len(stored) == 1 + mirrored
     for side, mirror in zip(stored, (False, True), strict=False):
         assert torch.allclose(side, features_of(network, photos, 32, mirror), rtol=1e-4, atol=1e-4)
     assert all(torch.equal(v, before[k]) for k, v in network.state_dict().items())
+
+
+@pytest.mark.parametrize(("arch", "precision"), [(SMALL, "float32"), ("cnn", "bfloat16")])
+def test_a_head_is_trained_in_the_precision_of_maps(demo, tmp_path, monkeypatch, arch, precision):
+    bfloat16 = train.Precision(torch.bfloat16, False, torch.channels_last)
+    monkeypatch.setattr(train, "choose_precision", lambda device: bfloat16)
+    training(demo, tmp_path, *(["--weights", "none", "--looks", 32] if arch == SMALL else []), arch=arch, epochs=1)
+    assert json.loads((tmp_path / arch / "result.json").read_text())["precision"] == precision
 
 
 def test_training_on_stored_features_equals_training_through_the_network(demo, tmp_path):
@@ -946,7 +954,7 @@ def test_a_head_learns_from_the_mean_of_its_looks(demo, tmp_path):
     photos = data.load(demo, "val")
     network = train.prepare_network(recipe, photos)
     assert not any(p.requires_grad for p in network.features.parameters())
-    stored, _ = train.stored_features(network, photos, 64, FLOAT32, mirrored=False)
+    stored, _ = train.stored_features(network, photos, 64, mirrored=False)
     assert torch.allclose(stored[0], features_of(network, photos, 64, False), rtol=1e-4, atol=1e-4)
     small = features_of(models.with_looks(network, [32]), photos, 32, False)
     assert not torch.allclose(stored[0], small, atol=1e-3)
