@@ -1,5 +1,6 @@
 # Where did the network look?  `make` lists what there is.
-#   Variables: DATA= (an archive or a folder)  ARCH= WEIGHTS= EPOCHS= SIZE= LOOKS= DEVICE= SEED= RUNS= FIGURES= BOXES=
+#   Variables: DATA= (an archive or a folder)  ARCH= EPOCHS= DEVICE= SEED= RUNS= FIGURES= BOXES=
+#   of finetune: WEIGHTS= SIZE= LOOKS=
 #   PYTHON=python uses an environment that is there already instead of making .venv
 
 ARCH    ?= resnet18

@@ -51,7 +51,7 @@ CONTROLS = ("average drop", "increase in confidence", "deletion", "insertion", "
 TEMPLATE = """\
 # Results
 
-Written by `make results` from the files in `results/`; only what stands between the marks of prose is typed by hand.
+Tables with sources are written by `make results` from the files in `results/`; what has none is typed by hand.
 
 <!-- prose introduction -->
 <!-- /prose -->
