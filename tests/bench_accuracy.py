@@ -158,21 +158,23 @@ def main(arguments=None):
         folder = str(data.prepare(options.data))
         for split in data.COUNTS:
             data.load(folder, split)  # decoded now, in nobody's time
-        rows = [this_project(options.run, folder, device, options.accuracy, options.epochs)]
-        torch.manual_seed(0)
-        for way, network in (("torchvision's ResNet-18, the usual way", torchvision.models.resnet18(num_classes=10)),
-                             ("this project's CNN, the usual way", models.cnn())):
-            rows.append(usual_way(way, network, folder, device, options.accuracy, options.usual_epochs))
         facts = dict(command=shlex.join(["python", "tests/bench_accuracy.py", *(arguments or sys.argv[1:])]),
                      machine=models.machine(), device=device.type, precision=train.choose_precision(device).name,
-                     accuracy=options.accuracy, rows=rows)
-        Path(options.out).parent.mkdir(parents=True, exist_ok=True)
-        with models.atomic(options.out) as file:
-            file.write(json.dumps(facts, indent=1).encode())
+                     accuracy=options.accuracy, rows=[])
+        torch.manual_seed(0)
+        usual = folder, device, options.accuracy, options.usual_epochs
+        resnet, cnn = torchvision.models.resnet18(num_classes=10), models.cnn()
+        for measure in (lambda: this_project(options.run, folder, device, options.accuracy, options.epochs),
+                        lambda: usual_way("torchvision's ResNet-18, the usual way", resnet, *usual),
+                        lambda: usual_way("this project's CNN, the usual way", cnn, *usual)):
+            facts["rows"].append(measure())
+            Path(options.out).parent.mkdir(parents=True, exist_ok=True)
+            with models.atomic(options.out) as file:  # each time, so that hours of measuring are not lost
+                file.write(json.dumps(facts, indent=1).encode())
     except (train.TrainError, data.DataError, OSError, subprocess.CalledProcessError) as error:
         print(f"bench_accuracy.py: {error}", file=sys.stderr)
         sys.exit(2)
-    for row in rows:
+    for row in facts["rows"]:
         print(f"{row['way']}: {options.accuracy:.0%} of val after "
               + (f"{row['seconds']:.0f} s, {row['epochs']} epochs" if row["seconds"] else
                  f"more than {row['of_epochs']} epochs: {row['best']:.2%} after {row['all_seconds']:.0f} s"))

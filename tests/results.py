@@ -38,9 +38,9 @@ PROTOCOLS = (
     ("CNN, 64 → 96 px, 100 epochs", REPORT, dict(arch="cnn", epochs=100)),
     ("CNN, 64 → 96 px, 20 epochs", REPORT, dict(arch="cnn", epochs=20)),
     ("CNN, 64 → 96 px, 2 epochs", REPORT, dict(arch="cnn", epochs=2)),
-    *((f"CNN, {crop} → 128 px, {epochs} epochs", to_beat,
-       dict(arch="cnn", epochs=epochs, crop=crop, size=128))
-      for epochs, to_beat in LEADERBOARD.items() for crop in (88, 128)),
+    ("CNN, 88 → 128 px, 5 epochs", LEADERBOARD[5], dict(arch="cnn", epochs=5, crop=88, size=128)),
+    ("CNN, 128 → 128 px, 5 epochs", LEADERBOARD[5], dict(arch="cnn", epochs=5, crop=128, size=128)),
+    ("CNN, 128 → 128 px, 20 epochs", LEADERBOARD[20], dict(arch="cnn", epochs=20, crop=128, size=128)),
     ("CNN, plain 64 x 64 crops", REPORT, dict(arch="cnn", plain_crop=True, epochs=ANY, size=ANY)),
     ("MobileNetV2, one look", HEAD_REPORT, dict(arch="mobilenet_v2", training="head", looks=[224])),
     ("MobileNetV2, two looks", HEAD_REPORT, dict(arch="mobilenet_v2", training="head", looks=[224, 320])),
@@ -259,15 +259,15 @@ def training_source(group):
 
 
 def passing_row(groups):
-    """The row on how soon the report's accuracy is passed: of the training with 64 px crops that does so first.
+    """The row on how soon the report's accuracy is passed: of the training that needs the fewest epochs.
     groups: of the first three PROTOCOLS, {number of the source: trainings}."""
     name, to_beat = "CNN, 64 → 96 px, to pass 72 %", "100 epochs (report)"
-    passed = [(statistics.mean(facts["seconds_to_72"] for facts in group),
-               statistics.mean(facts["epochs_to_72"] for facts in group), number)
+    passed = [(statistics.mean(facts["epochs_to_72"] for facts in group),
+               statistics.mean(facts["seconds_to_72"] for facts in group), number)
               for number, group in groups.items() if all(facts["epochs_to_72"] for facts in group)]
     if not passed:
         return [name, to_beat, "not passed" if groups else NOT_MEASURED, "", ", ".join(map(str, groups))]
-    seconds, epochs, number = min(passed)
+    epochs, seconds, number = min(passed)
     return [name, to_beat, f"{epochs:g} epochs", duration(seconds), str(number)]
 
 
