@@ -30,8 +30,10 @@ TRAIN   := $(SOURCE) --runs "$(RUNS)" $(if $(EPOCHS),--epochs "$(EPOCHS)") $(if 
            $(if $(SEED),--seed "$(SEED)")
 TUNE    := $(if $(WEIGHTS),--weights "$(WEIGHTS)") $(if $(SIZE),--size "$(SIZE)") $(if $(LOOKS),--looks "$(LOOKS)")
 NETWORKS := $(if $(filter cnn,$(ARCH)),,"$(RUNS)/$(ARCH)/best.pt") "$(RUNS)/cnn/best.pt"
-# result.json is the last file that a training writes: where it is missing, train, or go on training.
-trained = [ -e "$(RUNS)/$(1)/result.json" ] || $(MAKE) --no-print-directory $(2)
+# result.json is the last file that a training writes: where it is missing, train, or go on training. Where settings are
+# given, train.py is asked: it refuses others than those of the run that is there, and does nothing if they are the same.
+GIVEN   := $(EPOCHS)$(SEED)$(WEIGHTS)$(SIZE)$(LOOKS)
+trained = $(if $(GIVEN),false,[ -e "$(RUNS)/$(1)/result.json" ]) || $(MAKE) --no-print-directory $(2)
 
 .PHONY: help demo data train-cnn finetune networks figure score test test-long bench bench-accuracy results lint clean \
         clean-runs python python-dev

@@ -459,7 +459,7 @@ def confusion_picture(matrix, classes, title, dpi=300):
         kept = mistakes.argsort(descending=True, stable=True)[:MOST_CLASSES].sort().values
         title += f" (the {MOST_CLASSES} of {len(classes)} classes with the most mistakes)"
         matrix, shares, classes = matrix[kept][:, kept], shares[kept][:, kept], [classes[i] for i in kept]
-    names = [wrap(printable(name), paper.width // 4, paper)[0] for name in classes]  # of a long one the first line
+    names = [(wrap(printable(name), paper.width // 4, paper) or ["?"])[0] for name in classes]  # the first line
     margin = max(map(paper.length, names)) + paper.gap
     side = min((paper.width - margin) // len(names), round(48 * paper.point))
     rows, columns = blank(margin, side * len(names)), blank(margin, side * len(names))
@@ -496,6 +496,9 @@ def save_picture(image, path):
     check_picture_name(path)
     path = Path(path)
     dpi = image.info.get("dpi", (image.width / PAGE_WIDTH * 72,))[0]
+    if path.suffix.lower() == ".pdf" and image.height > 65_500:  # of the JPEG in it
+        raise CamError(f"{path} cannot be written, {image.height:,} px are more than a PDF takes: use a smaller --dpi, "
+                       "more --columns, or .png")
     part = path.with_name(f"{path.name}.{os.getpid()}.part")
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
@@ -656,7 +659,8 @@ def own_photos(images, titles, truth, known):
     if truth:
         truth = check_classes(truth, known)
     else:
-        folders = [data.WORDS.get(path.parent.name, path.parent.name) for path in map(Path.resolve, paths)]
+        folders = [path.resolve().parent.name for path in paths]
+        folders = [unicodedata.normalize("NFC", data.WORDS.get(name, name)) for name in folders]
         truth = [name if name in known else None for name in folders]
     titles = titles or [name or path.stem for path, name in zip(paths, truth, strict=True)]
     return [torch.from_numpy(data.decode(path)) for path in paths], titles, truth
@@ -734,7 +738,7 @@ def explanation_names(photos, models, more, out):
         names = [Path(out)]
     else:
         shown = "-".join([*(Path(model).resolve().parent.name for model in models), *more])
-        stems = [f"{photo.stem[:100]}-{shown}" for photo in photos]
+        stems = [f"{os.fsencode(photo.stem)[:100].decode(errors='ignore')}-{shown}" for photo in photos]
         numbers = [stems[:i].count(stem) + 1 for i, stem in enumerate(stems)]  # of the same name in several folders
         names = [Path(out, f"{stem}-{number}.png" if number > 1 else f"{stem}.png")
                  for stem, number in zip(stems, numbers, strict=True)]
@@ -752,7 +756,8 @@ def explain(photos, models, looks, top, contrast, scale, dpi, out):
     paths, models = photo_files(photos), models or ["runs/cnn/best.pt"]
     names = explanation_names(paths, models, [re.sub(r"\W+", "-", name) for name in contrast or ()], out)
     loaded = load_models(models, parse_looks(looks))
-    if contrast and len(set(check_classes(contrast, loaded[0][1]["classes"]))) == 1:
+    contrast = contrast and check_classes(contrast, loaded[0][1]["classes"])
+    if contrast and contrast[0] == contrast[1]:
         raise CamError(f"--contrast {contrast[0]} with itself shows nothing: name two classes")
     for path, name in zip(paths, names, strict=True):
         photo, block = torch.from_numpy(data.decode(path)), []
@@ -852,10 +857,11 @@ def main(arguments=None):
     except (CamError, data.DataError, models.ModelError, OSError) as error:
         print(f"cam.py: {error}", file=sys.stderr)
         sys.exit(2)
-    except RuntimeError as error:
+    except (RuntimeError, MemoryError) as error:
         if not models.out_of_memory(error):
             raise
-        print(f"cam.py: not enough memory ({str(error).splitlines()[0][:100]}): use smaller --looks", file=sys.stderr)
+        print(f"cam.py: not enough memory ({error!r:.100}): use smaller --looks or --dpi, or more --columns",
+              file=sys.stderr)
         sys.exit(2)
 
 

@@ -400,7 +400,10 @@ def to_rgb(image):
     """An image of any mode in RGB, 8 bits a channel, white where it is transparent."""
     if image.mode == "F" or image.mode.startswith("I"):
         levels = np.nan_to_num(np.asarray(image, np.float64))
-        white = 65535 if image.mode != "F" else 255 if levels.max() > 1 else 1  # 16 bits; or floats
+        if image.mode == "F":
+            white = 255 if levels.max() > 1 else 1
+        else:  # of 32 bits, 8 or 16 are used
+            white = 255 if image.mode == "I" and levels.max() <= 255 else 65535
         image = Image.fromarray((levels * 255 / white).clip(0, 255).astype(np.uint8))
     if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
         image = image.convert("RGBA")
@@ -495,9 +498,12 @@ def load(folder, split, skip_bad=False, side=None):
              for path, status in zip(photos[split], statuses, strict=True)]
     key = hashlib.sha256(repr([classes, files]).encode()).hexdigest()
     with lock(packed):
-        index = read_index(folder, split)
-        stored = index or read_index(folder, "val" if split == "train" else "train")  # one of them may be lost
-        wanted = {"key": key, "side": side or stored.get("side", SHORT_SIDE)}
+        index, other = read_index(folder, split), read_index(folder, "val" if split == "train" else "train")
+        if not side and index and other and index["side"] != other["side"]:
+            raise DataError(f"{folder}: the photos of train and val are stored at different sizes: "
+                            f"python data.py {folder} --side {max(index['side'], other['side'])}")
+        stored = index or other  # one of them may be lost
+        wanted = {"key": key, "side": side or stored.get("side", SHORT_SIDE)} | ({"skip_bad": True} if skip_bad else {})
         skip_bad = skip_bad or stored.get("skip_bad", False)
         if not wanted.items() <= index.items():
             try:
@@ -555,7 +561,10 @@ def check(folder):
     which a share is set aside for "val". Raises DataError where that is not so.
     """
     folder, remarks = Path(folder), []
-    inside = {p.name.lower(): p for p in folder.iterdir() if os.path.isdir(p)} if folder.is_dir() else {}
+    folders = [p for p in folder.iterdir() if os.path.isdir(p)] if folder.is_dir() else []
+    inside, names = {p.name.lower(): p for p in folders}, [p.name.lower() for p in folders]
+    if twice := [name for name in ("train", *VAL_NAMES) if names.count(name) > 1]:
+        raise DataError(f"{folder} holds two folders called {twice[0]}, in capitals or not: rename or join them")
     train_folder = inside.get("train", folder)
     val_folder = next((inside[name] for name in VAL_NAMES if name in inside), None)
     if val_folder and train_folder == folder:
@@ -738,8 +747,11 @@ def extract(archive, folder, stamp):
         except DataError as error:
             raise DataError(f"{archive} cannot be used: {str(error).replace(str(top), folder.name)}") from error
         (top / STAMP).write_text(stamp)
-        if folder.exists():
-            shutil.rmtree(folder)
+        if folder.exists():  # of an earlier archive; perhaps somebody has put something into it
+            before = Path(f"{folder}.before")
+            shutil.rmtree(before, ignore_errors=True)
+            os.replace(folder, before)
+            print(f"{folder} came from another {archive.name}: it is kept as {before}", file=sys.stderr)
         os.replace(top, folder)
     except DataError:
         raise

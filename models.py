@@ -263,8 +263,9 @@ def keep_memory():
 
 
 def out_of_memory(error):
-    """Whether a RuntimeError says that memory ran out; torch has a type of its own for that on CUDA alone."""
-    return any(text in str(error) for text in ("out of memory", "can't allocate memory", "not enough memory"))
+    """Whether an error says that memory ran out; torch has a type of its own for that on CUDA alone."""
+    return isinstance(error, MemoryError) or any(
+        text in str(error) for text in ("out of memory", "can't allocate memory", "not enough memory"))
 
 
 def machine():
@@ -361,17 +362,17 @@ def load(path, device="cpu", looks=None):
         facts["width"] = state["head.weight"].shape[1] // 2  # of a cnn
         network = build(facts["arch"], len(facts["classes"]), width=facts["width"])
         network.load_state_dict(state)
-    except (AttributeError, LookupError, TypeError, RuntimeError) as error:
+        if "looks" not in facts and "size" in facts:  # a checkpoint from before there were looks
+            settings = facts.get("settings", {})
+            facts |= dict(looks=[facts["size"]], accuracies={looks_key([facts["size"]]): facts.get("accuracy")},
+                          accuracy_on="held-out train" if settings.get("holdout") else "val", accuracy_n=None,
+                          how="only its last layer trained" if settings.get("frozen") else "trained")
+        if "looks" in facts:
+            facts["looks"] = sorted(looks or facts["looks"])
+            facts["size"] = facts["looks"][-1]
+            facts["accuracy"] = facts.get("accuracies", {}).get(looks_key(facts["looks"]))
+            network = with_looks(network, facts["looks"])
+    except (AttributeError, LookupError, TypeError, ValueError, RuntimeError) as error:
         raise ModelError(f"{path} says it is a {facts.get('arch')}, but its contents are not that network's: "
                          "train it again, or name another file") from error
-    if "looks" not in facts and "size" in facts:  # a checkpoint from before there were looks
-        settings = facts.get("settings", {})
-        facts |= dict(looks=[facts["size"]], accuracies={looks_key([facts["size"]]): facts.get("accuracy")},
-                      accuracy_on="held-out train" if settings.get("holdout") else "val", accuracy_n=None,
-                      how="only its last layer trained" if settings.get("frozen") else "trained")
-    if "looks" in facts:
-        facts["looks"] = sorted(looks or facts["looks"])
-        facts["size"] = facts["looks"][-1]
-        facts["accuracy"] = facts.get("accuracies", {}).get(looks_key(facts["looks"]))
-        network = with_looks(network, facts["looks"])
     return network.to(device).eval(), facts

@@ -717,6 +717,8 @@ def main(arguments=None):
     parser.add_argument("--out", default="figures/scores", help="where tables and pictures go, without suffix")
     cam.add_looks_option(parser)
     options = parser.parse_args(arguments)
+    if options.boxes == "":  # of a variable that is not set, perhaps
+        parser.error("--boxes is empty: name a folder, or leave it out")
     if options.deletion < 0:
         parser.error("--deletion takes a number of photos, 0 or more")
     for stream in (sys.stdout, sys.stderr):
@@ -731,10 +733,10 @@ def main(arguments=None):
     except (ScoreError, cam.CamError, data.DataError, models.ModelError, OSError) as error:
         print(f"score.py: {error}", file=sys.stderr)
         sys.exit(2)
-    except RuntimeError as error:
+    except (RuntimeError, MemoryError) as error:
         if not models.out_of_memory(error):
             raise
-        print(f"score.py: not enough memory ({str(error).splitlines()[0][:100]}): use smaller --looks", file=sys.stderr)
+        print(f"score.py: not enough memory ({error!r:.100}): use smaller --looks", file=sys.stderr)
         sys.exit(2)
 
 

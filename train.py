@@ -395,6 +395,10 @@ def resume(folder, settings, classes):
         gone, there = (last, best) if state is None else (best, last)
         raise TrainError(f"{gone} is gone, and {there} is there: put it back, give this run a --name of its own, "
                          f"or remove {folder} to train again")
+    epochs = best_row(state["rows"])["epoch"], len(state["rows"]) + 1  # the latter: killed before its last.pt
+    if kept["settings"] != state["settings"] or kept["epoch"] not in epochs:
+        raise TrainError(f"{best} is of another training than {last}: put back the one that belongs there, or remove "
+                         f"{folder} to train again")
     old, lost, new = state["settings"], set(kept["classes"]) - set(classes), set(classes) - set(kept["classes"])
     differ = [f"{key} {old.get(key)} there, {value} here"
               for key, value in settings.items() if old.get(key) != value and key != "data"]
@@ -466,6 +470,11 @@ def parse_arguments(arguments=None):
     if training == "head" and ("crop" in options or options.plain_crop):
         parser.error("--crop and --plain-crop do nothing while all but the last layer is frozen, as each photo is seen "
                      "whole: leave them out, or add --unfreeze")
+    for name in ("data", "weights", "runs", "name"):  # of a variable that is not set, perhaps
+        if getattr(options, name, "given") == "":
+            parser.error(f"--{name} is empty: name one, or leave it out")
+    if getattr(options, "name", "").endswith("-dry-run"):
+        parser.error(f"--name {options.name} is what --dry-run calls its run: use another")
     if training != "scratch" and "width" in options:
         parser.error(f"--width is the cnn's: leave it out for {options.arch}")
     if training == "scratch" and options.unfreeze:
@@ -497,6 +506,9 @@ def prepare_photos(recipe, source, skip_bad, few, device):
             raise TrainError(f"--holdout {recipe.holdout} leaves {len(photos) - cut} of {len(photos):,} photos to "
                              "train on: use a smaller share")
         photos, val = photos.subset(order[cut:]), photos.subset(order[:cut])
+        if unseen := len(photos.classes) - len(photos.labels.unique()):
+            raise TrainError(f"--holdout {recipe.holdout} leaves no photo of {unseen} classes to train on: use a "
+                             "smaller share")
     else:
         val = data.load(folder, "val", skip_bad).to(device)
         if RANK == 0 and (count := data.shared(photos, val)):
@@ -668,7 +680,11 @@ def finish(folder, rows, val, precision):
     write_log(folder, rows)  # a run may have been killed right after its last last.pt
     best, last = best_row(rows), rows[-1]
     passed = next((row["epoch"] for row in rows if row["val_accuracy"] >= PASSED), None)
-    config = json.loads((folder / "config.json").read_text())
+    try:
+        config = json.loads((folder / "config.json").read_text())
+    except (OSError, ValueError) as error:
+        raise TrainError(f"{folder / 'config.json'} is gone or damaged: put it back, or remove {folder} to train "
+                         "again") from error
     write(folder / "result.json", json.dumps(dict(
         best_accuracy=best["val_accuracy"], best_epoch=best["epoch"], last_accuracy=last["val_accuracy"],
         accuracies=contents["accuracies"], accuracy_on=contents["accuracy_on"], accuracy_n=contents["accuracy_n"],
@@ -688,7 +704,11 @@ def train(recipe, options):
         torch.set_float32_matmul_precision("high")  # TF32 for the products that stay in float32
     if WORLD > 1:
         nccl = device.type == "cuda" and torch.distributed.is_nccl_available()  # not on Windows
-        torch.distributed.init_process_group("nccl" if nccl else "gloo")
+        try:
+            torch.distributed.init_process_group("nccl" if nccl else "gloo")
+        except ValueError as error:
+            raise TrainError(f"WORLD_SIZE is {WORLD}, but torchrun did not start this: unset it, or use torchrun "
+                             f"({error})") from error
     few = 2 * recipe.batch_size if options.dry_run else None
     photos, val = prepare_photos(recipe, options.data, options.skip_bad, few, device)
     if min(len(val), *batch_lengths(recipe, len(photos))) < WORLD:
@@ -754,10 +774,10 @@ def main():
     except (TrainError, data.DataError, models.ModelError, OSError) as error:
         print(f"train.py: {error}", file=sys.stderr)
         sys.exit(2)
-    except RuntimeError as error:
+    except (RuntimeError, MemoryError) as error:
         if not models.out_of_memory(error):
             raise
-        print(f"train.py: not enough memory ({str(error).splitlines()[0][:100]}): use a smaller --batch-size than "
+        print(f"train.py: not enough memory ({error!r:.100}): use a smaller --batch-size than "
               f"{recipe.batch_size}, or a smaller --crop or --size", file=sys.stderr)
         sys.exit(2)
 

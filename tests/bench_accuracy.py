@@ -55,9 +55,18 @@ def read_run(run):
         result = json.loads((run / "result.json").read_text())
         with open(run / "log.csv", newline="") as file:
             rows = [(float(row["val_accuracy"]), float(row["seconds"])) for row in csv.DictReader(file)]
-    except (OSError, ValueError, KeyError) as error:
+        here, there = models.machine()["processor"], result["machine"]["processor"]
+        if not rows:
+            raise ValueError("its log is empty")
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise data.DataError(f"{run} holds no finished training of train.py ({error}): name another with --run, or "
                              "leave it out for a new training") from error
+    if here != there:
+        raise data.DataError(f"{run} was trained on another machine, {there}, not on {here}: leave --run out")
+    if result["accuracy_on"] != "val":
+        raise data.DataError(f"{run} was validated on {result['accuracy_on']}, not on val: name another with --run")
+    if (result["recipe"]["crop"], result["recipe"]["size"]) != (CROP, SIZE):
+        raise data.DataError(f"{run} has no {CROP} px crops, evaluated at {SIZE} px: name another with --run")
     return rows, result
 
 
@@ -69,11 +78,6 @@ def this_project(run, folder, device, accuracy, epochs):
             subprocess.run([sys.executable, HERE / "train.py", "cnn", "--epochs", str(epochs), "--data", folder,
                             "--runs", runs, "--device", device.type], check=True, stdout=sys.stderr)
         rows, result = read_run(run)
-    here, there = (machine["processor"] for machine in (models.machine(), result["machine"]))
-    if here != there:
-        raise data.DataError(f"{run} was trained on another machine, {there}, not on {here}: leave --run out")
-    if result["accuracy_on"] != "val":
-        raise data.DataError(f"{run} was validated on {result['accuracy_on']}, not on val: name another with --run")
     recipe = result["recipe"]
     command = shlex.join(map(score.relative, shlex.split(result["command"])))  # without folders of this machine
     settings = (f"`{command}`, commit {result['machine']['commit']}: {recipe['crop']} px crops, evaluated at "
@@ -156,8 +160,9 @@ def main(arguments=None):
     try:
         device = train.choose_device(options.device)
         folder = str(data.prepare(options.data))
-        for split in data.COUNTS:
-            data.load(folder, split)  # decoded now, in nobody's time
+        photos = [data.load(folder, split) for split in data.COUNTS]  # decoded now, in nobody's time
+        if len(photos[0].classes) != 10:
+            raise data.DataError(f"{folder} has {len(photos[0].classes)} classes, not ImageNette's 10")
         facts = dict(command=shlex.join(["python", "tests/bench_accuracy.py", *(arguments or sys.argv[1:])]),
                      machine=models.machine(), device=device.type, precision=train.choose_precision(device).name,
                      accuracy=options.accuracy, rows=[])

@@ -61,14 +61,23 @@ def main():
     parser.add_argument("--data", default="data/imagenette2-160")
     parser.add_argument("--boxes", required=True)
     options = parser.parse_args()
-    boxes = score.read_boxes(Path(options.boxes, "localization.txt"), Path(options.boxes, "image_sizes.txt"))
-    photos = {}
-    for split in ("train", "val"):
-        some = data.load(options.data, split)
-        photos[split] = some.subset(torch.tensor([i for i, n in enumerate(some.names) if Path(n).stem in boxes]))
-    truth = {split: [boxes[Path(name).stem] for name in some.names] for split, some in photos.items()}
-    for path in options.models:
-        network, facts = models.load(path)
+    try:
+        compare_positions(options.models, data.prepare(options.data), options.boxes)
+    except (cam.CamError, data.DataError, models.ModelError, score.ScoreError, OSError) as error:
+        print(f"cell_position.py: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+def compare_positions(paths, folder, boxes_folder):
+    """Print, for each of the checkpoints `paths`, what moving its cells changes."""
+    boxed, missing = score.load_boxes(folder, boxes_folder, data.load(folder, "val"))
+    if len(boxed) < 2:
+        raise score.ScoreError(f"{missing}; name boxes of train too")
+    of_split = dict(zip(("val", "train"), boxed, strict=True))
+    truth = {split: boxes for split, (_, boxes) in of_split.items()}
+    for path in paths:
+        ((network, facts),) = cam.load_models([path])
+        photos = {split: some.relabelled(facts["classes"]) for split, (some, _) in of_split.items()}
         images, _ = next(data.eval_batches(photos["val"], facts["size"], 32))
         (y, x), stride = receptive_centre(network, images)
         print(f"{path}: size {facts['size']}, stride {stride:g}; the gradient's centre is ({y:+.1f}, {x:+.1f}) px off")

@@ -45,7 +45,9 @@ def main():
     models.keep_memory()
     try:
         folder = data.prepare(options.data)
-        boxed, _ = score.load_boxes(folder, options.boxes, data.load(folder, "val"))
+        boxed, missing = score.load_boxes(folder, options.boxes, data.load(folder, "val"))
+        if len(boxed) < 2:
+            raise score.ScoreError(f"{missing}; looks are chosen on photos of train: name boxes of them")
         rows, first = [["looks, px", "n", "pointing", "minus square", "MaxBoxAccV2", "minus square", "time"]], None
         for sizes in cam.parse_looks(options.looks):
             ((network, facts),) = cam.load_models([options.model], [sizes])

@@ -150,6 +150,8 @@ def gather(runs, figures, results):
         facts = read_json(path)
         if "recipe" not in facts or "machine" not in facts:
             left_out.append(f"{path} was left out: it does not say its recipe and machine, being older than this")
+        elif sum(facts["recipe"].get("photos", ())) not in (sum(data.COUNTS.values()), data.COUNTS["train"]):
+            left_out.append(f"{path} was left out: it is not of ImageNette's {data.COUNTS['train']:,} photos")
         elif not path.parent.name.endswith("-dry-run"):
             gather_one(facts, path, path.with_name("log.csv"), path.parent.name, results)
     for path in sorted(figures.glob("*.json")):
@@ -422,6 +424,10 @@ def main(arguments=None):
     except KeyError as error:
         print(f"results.py: a file in {options.runs}, {options.figures} or {options.results} has no {error}: measure "
               "again", file=sys.stderr)
+        sys.exit(2)
+    except (ValueError, TypeError, AttributeError) as error:
+        print(f"results.py: a file in {options.runs}, {options.figures} or {options.results} holds something else than "
+              f"a measurement ({error}): remove it, or measure again", file=sys.stderr)
         sys.exit(2)
     except (data.DataError, OSError) as error:
         print(f"results.py: {error}", file=sys.stderr)

@@ -43,7 +43,9 @@ def test_a_finished_run_is_read(finished_run):
 
 
 @pytest.mark.parametrize(("key", "value", "word"), [("accuracy_on", "held-out train", "held-out"),
-                                                    ("machine", dict(processor="other"), "another machine")])
+                                                    ("machine", dict(processor="other"), "another machine"),
+                                                    ("machine", None, "no finished training"),
+                                                    ("recipe", dict(crop=32, size=48), "64 px crops")])
 def test_a_run_that_cannot_be_compared_is_refused(finished_run, key, value, word):
     result = json.loads((finished_run / "result.json").read_text())
     (finished_run / "result.json").write_text(json.dumps(result | {key: value}))

@@ -5,6 +5,7 @@ import re
 import shutil
 import subprocess
 import sys
+import unicodedata
 from io import BytesIO
 
 import numpy as np
@@ -758,6 +759,30 @@ def test_titles_and_truth_of_photos_of_one_s_own(call, demo, one, tmp_path, seen
     (tmp_path / "empty").mkdir()
     assert refused(call(*what, "empty"), "empty holds no photo")
     assert refused(call(*what, "*.gif"), "*.gif holds no photo")
+
+
+def test_names_that_a_mac_writes_with_accents_apart_are_known(call, demo, tmp_path, seen):
+    path, known = tmp_path / "best.pt", [unicodedata.normalize("NFC", "cafe\u0301"), "tea"]
+    models.save(path, models.cnn(2, width=16), arch="cnn", classes=known, mean=data.MEAN, std=data.STD, looks=[32],
+                settings={}, accuracies={}, accuracy_on="val", accuracy_n=20, epoch=1, how="")
+    photo = tmp_path / "cafe\u0301" / "a.jpg"
+    photo.parent.mkdir()
+    shutil.copy(next((demo / "val" / "n03028079").glob("*")), photo)
+    assert call("figure", "--models", path, "--images", photo, "--dpi", 40).returncode == 0
+    ((_, titles, (row,), *_),) = seen
+    assert titles == known[:1] and row.right[0] is not None
+    result = call("explain", photo, "--model", path, "--contrast", "cafe\u0301", "tea", "--dpi", 40)
+    assert result.returncode == 0, result.stderr
+
+
+def test_a_confusion_picture_of_a_class_without_letters():
+    assert cam.confusion_picture(torch.ones(2, 2), ["_", "cat"], "title", DPI).width > 0
+
+
+def test_a_picture_too_high_for_a_pdf_is_refused(tmp_path):
+    with pytest.raises(cam.CamError, match="more than a PDF takes.*--columns"):
+        cam.save_picture(Image.new("L", (1, 65_501)), tmp_path / "tall.pdf")
+    assert not any(tmp_path.iterdir())
 
 
 def test_figure_shows_the_map_and_probability_of_the_prediction(call, demo, one, seen):

@@ -166,6 +166,7 @@ MODES = {  # name: (image, format, options, the RGB values of its first row)
     "RGB, one colour transparent": (Image.new("RGB", (1, 1), (9, 8, 7)), "PNG", {"transparency": (9, 8, 7)}, [WHITE]),
     "LA": (Image.fromarray(np.array([[(100, 255), (100, 0)]], np.uint8)), "PNG", {}, [(100,) * 3, WHITE]),
     "16 bits": (Image.fromarray(np.array([[257 * 100, 65535]], np.uint16)), "PNG", {}, [(100,) * 3, WHITE]),
+    "32 bits, of 8": (Image.fromarray(np.array([[7, 200]], np.int32)), "TIFF", {}, [(7,) * 3, (200,) * 3]),
     "16 bits TIFF": (Image.fromarray(np.array([[257 * 7]], np.uint16)), "TIFF", {}, [(7,) * 3]),
 }
 
@@ -605,6 +606,30 @@ def test_skip_bad_is_remembered_when_photos_change(small, monkeypatch):
     assert len(data.load(small, "train")) == 18
     damage(small, "truncated", f"../val/{TENCH}/0.JPEG")
     assert len(data.load(small, "val")) == 19  # of these data, not of this split alone
+
+
+def test_skip_bad_is_remembered_where_nothing_was_damaged(small):
+    data.load(small, "train")
+    data.load(small, "train", skip_bad=True)
+    damage(small, "truncated")
+    assert len(data.load(small, "train")) == 19
+
+
+def test_splits_of_different_sizes_are_refused(small):
+    data.load(small, "train", side=8)
+    data.load(small, "val", side=9)
+    with pytest.raises(data.DataError, match="different sizes.*--side 9"):
+        data.load(small, "train")
+    data.load(small, "train", side=9)
+    assert len(data.load(small, "train")) == 20
+
+
+def test_two_folders_called_train_are_refused(small):
+    if (small / "Train").exists():
+        pytest.skip("names in this file system know no capitals")
+    (small / "Train").mkdir()
+    with pytest.raises(data.DataError, match="two folders called train"):
+        data.check(small)
 
 
 def test_a_split_that_lost_its_pixels_is_stored_as_the_other_is(small):
@@ -1107,8 +1132,10 @@ def test_a_tar_is_unpacked_by_a_python_without_filters(small, tmp_path, monkeypa
 def test_an_archive_that_changed_is_unpacked_anew(small, tmp_path):
     folder = data.prepare(pack(tmp_path / "photos.tgz", small), tmp_path / "root")
     (small / "train" / TENCH / "0.png").rename(small / "train" / TENCH / "new.png")
+    (folder / "notes.txt").write_text("of the user")
     assert data.prepare(pack(tmp_path / "photos.tgz", small), tmp_path / "root") == folder
     assert contents(folder) == contents(small)
+    assert (tmp_path / "root" / "photos.before" / "notes.txt").read_text() == "of the user"
 
 
 def test_a_damaged_archive_leaves_the_folder_of_its_forerunner(small, tmp_path):

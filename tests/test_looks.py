@@ -47,10 +47,15 @@ def test_the_mirror_image_is_turned_back(checkpoint, demo):
     assert torch.allclose(looks.maps_of(network, turned, 32, True).flip(2), mean, atol=1e-4)
 
 
-def test_what_cannot_be_measured_is_a_sentence(tmp_path, demo, monkeypatch, capsys):
+@pytest.mark.parametrize("module", [looks, cell_position])
+@pytest.mark.parametrize("what", ["no checkpoint", "no boxes of train"])
+def test_what_cannot_be_measured_is_a_sentence(module, what, checkpoint, tmp_path, demo, monkeypatch, capsys):
+    if what == "no boxes of train":
+        monkeypatch.setattr(score, "load_boxes", lambda *things: ([1], "there are no boxes of train"))
+    model = tmp_path / "none.pt" if what == "no checkpoint" else checkpoint
     with pytest.raises(SystemExit, match="2"):
-        call(looks, monkeypatch, tmp_path / "none.pt", "--data", demo, "--boxes", demo, "--looks", "32")
-    assert capsys.readouterr().err.splitlines()[-1].startswith("looks.py: ")
+        call(module, monkeypatch, model, "--data", demo, "--boxes", demo, *["--looks", "32"] * (module is looks))
+    assert capsys.readouterr().err.splitlines()[-1].startswith(f"{module.__name__}.py: ")
 
 
 def test_cells_lie_where_they_are_moved_to(checkpoint, demo, monkeypatch, capsys):

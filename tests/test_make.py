@@ -69,7 +69,7 @@ def test_a_tilde_that_the_shell_leaves_is_the_home_folder(make, tmp_path, monkey
     for name in ("resnet18", "cnn"):
         (runs / name).mkdir(parents=True)
         (runs / name / "result.json").touch()
-    _, figure = make("figure", *tilde)
+    *_, figure = make("figure", *tilde)
     assert f"<--models><{runs}/resnet18/best.pt><{runs}/cnn/best.pt><--out><{tmp_path}/home/figures/" in figure
     assert f"<--weights><{tmp_path}/home/weights.pth>" in make("finetune", *tilde)[1]
     make("clean-runs", *tilde)
@@ -83,6 +83,8 @@ def test_figure_makes_what_is_missing_and_no_more(make, tmp_path):
         (tmp_path / "runs" / name).mkdir(parents=True)
         (tmp_path / "runs" / name / "result.json").touch()
     assert [line.split(">")[0] for line in make("figure")] == ["<data.py", "<cam.py"]
+    asked = [line for line in make("figure", "EPOCHS=2") if "<train.py>" in line]  # which refuses other settings
+    assert len(asked) == 2 and all("<--epochs><2>" in line for line in asked)
     (tmp_path / "runs" / "cnn" / "result.json").unlink()
     assert [line.split(">")[1] for line in make("score") if "<train.py>" in line] == ["<cnn"]
 

@@ -465,6 +465,9 @@ FOREIGN = {  # from the contents of a good checkpoint, and a word of the sentenc
     "no weights": (lambda c: without(c, "state"), "says it is a cnn"),
     "weights missing": (lambda c: {**c, "state": without(c["state"], "head.bias")}, "says it is a cnn"),
     "weights without names": (lambda c: {**c, "state": {0: torch.zeros(3)}}, "says it is a cnn"),
+    "no looks": (lambda c: {**c, "looks": []}, "says it is a cnn"),
+    "looks of another kind": (lambda c: {**c, "looks": None}, "says it is a cnn"),
+    "accuracies of another kind": (lambda c: {**c, "looks": [32], "accuracies": None}, "says it is a cnn"),
     "weights of another kind": (lambda c: {**c, "state": [1, 2]}, "says it is a cnn"),
 }
 

@@ -185,6 +185,21 @@ def test_prose_that_could_be_lost_is_refused(gathered, tmp_path, capsys, wrong):
     assert "RESULTS.md" in capsys.readouterr().err and (tmp_path / "RESULTS.md").read_text() == wrong
 
 
+def test_trainings_on_other_photos_are_left_out(gathered, tmp_path, capsys):
+    training(tmp_path, "mine", photos=[24, 12])
+    training(tmp_path, "held-out", photos=[8049, 1420], holdout=0.15)
+    assert "`held-out`" in gathered()
+    assert "mine/result.json was left out" in capsys.readouterr().out and not list((tmp_path / "results").glob("mine*"))
+
+
+@pytest.mark.parametrize("more", [dict(machine=None), dict(command='python "'), dict(seconds="long")])
+def test_a_file_that_holds_something_else_is_a_sentence(gathered, tmp_path, capsys, more):
+    training(tmp_path, "odd", more=more)
+    with pytest.raises(SystemExit, match="2"):
+        gathered()
+    assert capsys.readouterr().err.startswith("results.py: ")
+
+
 def test_what_is_damaged_is_named_and_what_is_older_left_out(gathered, tmp_path, capsys):
     (tmp_path / "runs/old").mkdir()
     (tmp_path / "runs/old/result.json").write_text(json.dumps(dict(best_accuracy=0.9)))

@@ -864,6 +864,31 @@ def test_a_file_of_other_contents_is_no_checkpoint_of_a_run(trained, demo, tmp_p
     assert refused(call(*arguments(demo, tmp_path)), tmp_path / "cnn" / name, "remove")
 
 
+@pytest.mark.parametrize("facts", [{"epoch": 99}, {"settings": {"seed": 8}}])
+def test_the_best_weights_of_another_training_are_refused(trained, demo, tmp_path, call, facts):
+    shutil.copytree(trained, tmp_path / "cnn")
+    best = tmp_path / "cnn" / "best.pt"
+    models.write(best, models.read(best) | facts)
+    assert refused(call(*arguments(demo, tmp_path)), best, "another training", "remove")
+
+
+@pytest.mark.parametrize("damage", [os.unlink, lambda path: os.truncate(path, 20)])
+def test_a_finished_run_that_lost_its_config_is_refused(trained, demo, tmp_path, call, damage):
+    shutil.copytree(trained, tmp_path / "cnn")
+    damage(tmp_path / "cnn" / "config.json")
+    assert refused(call(*arguments(demo, tmp_path)), "config.json", "remove")
+
+
+def test_a_share_that_leaves_a_class_without_photos_is_refused(call, demo, tmp_path):
+    assert refused(call(*arguments(demo, tmp_path, "--holdout", 0.9)), "--holdout 0.9", "classes")
+
+
+def test_processes_that_torchrun_did_not_start_are_refused(call, demo, tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "WORLD", 2)
+    monkeypatch.delenv("RANK", raising=False)
+    assert refused(call(*arguments(demo, tmp_path)), "WORLD_SIZE", "torchrun")
+
+
 def test_photos_that_were_copied_are_the_same_photos(trained, demo, tmp_path):
     shutil.copytree(trained, tmp_path / "cnn")
     other = tmp_path / "other"  # with times of its own
@@ -1047,6 +1072,7 @@ def test_no_file_is_ever_half_there(trained, demo, tmp_path, call, monkeypatch, 
 @pytest.mark.parametrize("error", [
     torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB"),
     RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 1688 bytes."),
+    MemoryError(),
 ])
 def test_too_little_memory_names_the_batch_size(demo, tmp_path, call, monkeypatch, error):
     def epoch(*things):
@@ -1102,7 +1128,8 @@ def test_weights_that_are_none_are_refused(call, demo, tmp_path, weights, words)
 
 @pytest.mark.parametrize("more", [["--epochs", 0], ["--epochs", "many"], ["--batch-size", -1], ["--size", 0],
                                   ["--holdout", 1], ["--holdout", -0.1], ["--learning-rate", 1], ["--lr", 1e38],
-                                  ["--looks", "0,8"], ["--looks", "a"], ["--looks", ""], ["--unfreeze"]])
+                                  ["--looks", "0,8"], ["--looks", "a"], ["--looks", ""], ["--unfreeze"],
+                                  ["--weights", ""], ["--name", ""], ["--data", ""], ["--name", "a-dry-run"]])
 def test_options_fail_loudly_and_early(call, demo, tmp_path, more):
     result = call(*arguments(demo, "runs", *more))
     assert result.returncode == 2 and more[0] in result.stderr and not (tmp_path / "runs").exists()
