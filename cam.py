@@ -802,6 +802,7 @@ def parse_command_line(arguments):
     commands = parser.add_subparsers(required=True)
 
     def add_command(run, about, out):
+        """Add a command that calls `run`, with the options that all have; returns what adds those of its own."""
         command = commands.add_parser(run.__name__, help=about, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
         command.set_defaults(run=run)
         command.add_argument("--out", default=out, help="the picture, .png or .pdf; for explain a folder too")

@@ -562,8 +562,8 @@ def check(folder):
     """
     folder, remarks = Path(folder), []
     folders = [p for p in folder.iterdir() if os.path.isdir(p)] if folder.is_dir() else []
-    inside, names = {p.name.lower(): p for p in folders}, [p.name.lower() for p in folders]
-    if twice := [name for name in ("train", *VAL_NAMES) if names.count(name) > 1]:
+    inside = {p.name.lower(): p for p in folders}
+    if twice := [name for name in ("train", *VAL_NAMES) if sum(p.name.lower() == name for p in folders) > 1]:
         raise DataError(f"{folder} holds two folders called {twice[0]}, in capitals or not: rename or join them")
     train_folder = inside.get("train", folder)
     val_folder = next((inside[name] for name in VAL_NAMES if name in inside), None)

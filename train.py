@@ -429,6 +429,22 @@ def sizes(text):
     return tuple(sorted({in_range(int, 1, 4096)(size) for size in text.split(",")}))
 
 
+def check_options(parser, options, training):
+    """End with a sentence of `parser` where an option would do nothing for this `training`, or names nothing."""
+    if training == "head" and ("crop" in options or options.plain_crop):
+        parser.error("--crop and --plain-crop do nothing while all but the last layer is frozen, as each photo is seen "
+                     "whole: leave them out, or add --unfreeze")
+    for name in ("data", "weights", "runs", "name"):  # of a variable that is not set, perhaps
+        if getattr(options, name, "given") == "":
+            parser.error(f"--{name} is empty: name one, or leave it out")
+    if getattr(options, "name", "").endswith("-dry-run"):
+        parser.error(f"--name {options.name} is what --dry-run calls its run: use another")
+    if training != "scratch" and "width" in options:
+        parser.error(f"--width is the cnn's: leave it out for {options.arch}")
+    if training == "scratch" and options.unfreeze:
+        parser.error("--unfreeze does nothing for the cnn, of which every layer is trained: leave it out")
+
+
 def parse_arguments(arguments=None):
     """The command line as (recipe, options): what decides the result, and where things are and run."""
     parser = argparse.ArgumentParser(description="Train the CNN from scratch, or fine-tune an ImageNet network.",
@@ -467,23 +483,13 @@ def parse_arguments(arguments=None):
     options = parser.parse_args(arguments)
 
     training = "scratch" if options.arch == "cnn" else "all" if options.unfreeze else "head"
-    if training == "head" and ("crop" in options or options.plain_crop):
-        parser.error("--crop and --plain-crop do nothing while all but the last layer is frozen, as each photo is seen "
-                     "whole: leave them out, or add --unfreeze")
-    for name in ("data", "weights", "runs", "name"):  # of a variable that is not set, perhaps
-        if getattr(options, name, "given") == "":
-            parser.error(f"--{name} is empty: name one, or leave it out")
-    if getattr(options, "name", "").endswith("-dry-run"):
-        parser.error(f"--name {options.name} is what --dry-run calls its run: use another")
-    if training != "scratch" and "width" in options:
-        parser.error(f"--width is the cnn's: leave it out for {options.arch}")
-    if training == "scratch" and options.unfreeze:
-        parser.error("--unfreeze does nothing for the cnn, of which every layer is trained: leave it out")
+    check_options(parser, options, training)
     weights = getattr(options, "weights", None if training == "scratch" else "imagenet")
     given = {field.name: getattr(options, field.name) for field in fields(Recipe) if field.name in options}
     values = DEFAULTS[training] | given | dict(training=training, weights=None if weights == "none" else weights)
     if training == "scratch" and "size" not in given:  # a crop is enlarged: objects are about as large in such a photo
-        values["size"] = max(8, 8 * round(3 / 2 * values["crop"] / 8))
+        usual = DEFAULTS[training]
+        values["size"] = max(8, 8 * round(usual["size"] / usual["crop"] * values["crop"] / 8))
     values.setdefault("looks", default_looks(options.arch, values["size"]))
     options.name = getattr(options, "name", options.arch)
     if options.dry_run:

@@ -148,11 +148,13 @@ def gather(runs, figures, results):
     left_out = []
     for path in sorted(runs.glob("*/result.json")):
         facts = read_json(path)
+        if path.parent.name.endswith("-dry-run"):
+            continue
         if "recipe" not in facts or "machine" not in facts:
             left_out.append(f"{path} was left out: it does not say its recipe and machine, being older than this")
         elif sum(facts["recipe"].get("photos", ())) not in (sum(data.COUNTS.values()), data.COUNTS["train"]):
             left_out.append(f"{path} was left out: it is not of ImageNette's {data.COUNTS['train']:,} photos")
-        elif not path.parent.name.endswith("-dry-run"):
+        else:
             gather_one(facts, path, path.with_name("log.csv"), path.parent.name, results)
     for path in sorted(figures.glob("*.json")):
         facts = read_json(path)
