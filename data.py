@@ -606,6 +606,8 @@ def prepare(source=None, root="data"):
     source: a folder; an archive, unpacked under `root`; or None, the public ImageNette, downloaded there.
     Raises DataError with a sentence for the user.
     """
+    if source == "":  # of a variable that is not set, perhaps; as a path it would be the working folder
+        raise DataError("the name of the data is empty: name a folder or an archive, or leave it out (DATA=, --data)")
     root = Path(root).expanduser()
     folder = Path(root / "imagenette2-160" if source is None else source).expanduser()
     if source is None and not folder.exists():

@@ -62,7 +62,7 @@ class Recipe:
 
 # What is trained decides the rest: everything from random weights, every layer of a pretrained network, or its head.
 DEFAULTS = {
-    "scratch": dict(epochs=100, crop=64, size=96, batch_size=64, lr=0.03, weight_decay=0.05, smoothing=0.1, width=192),
+    "scratch": dict(epochs=100, crop=64, batch_size=64, lr=0.03, weight_decay=0.05, smoothing=0.1, width=192),
     "head": dict(epochs=5, crop=0, size=224, batch_size=64, lr=0.003, weight_decay=0.0, smoothing=0.0),
     "all": dict(epochs=5, crop=160, size=160, batch_size=64, lr=0.002, weight_decay=5e-4, smoothing=0.1),
 }
@@ -167,10 +167,17 @@ def sides(recipe, epoch):
     return crop, round(crop * recipe.size / recipe.crop)
 
 
-def least_area(recipe):
+def least_area(epochs):
     """The share of a photo that a crop shows at least: the longer a training, the smaller. 45 % in 5 epochs, which see
     too little to learn photos by heart; 10 % in 100, which see enough."""
-    return recipe.epochs**-0.5
+    return epochs**-0.5
+
+
+def matching_size(crop, epochs):
+    """The side (px) of whole photos in which objects are as large as in crops of `crop` px, on average: 96 for 64 px
+    and 100 epochs. A crop that shows a share s of a photo enlarges it by s^(-1/2), whose mean over s from a to 1 is
+    2 / (1 + sqrt(a)); trained on enlarged objects, a network is best at them (Touvron et al. 2019)."""
+    return max(8, 8 * round(crop / 8 * 2 / (1 + least_area(epochs) ** 0.5)))
 
 
 def batch_lengths(recipe, count):
@@ -434,7 +441,7 @@ def check_options(parser, options, training):
     if training == "head" and ("crop" in options or options.plain_crop):
         parser.error("--crop and --plain-crop do nothing while all but the last layer is frozen, as each photo is seen "
                      "whole: leave them out, or add --unfreeze")
-    for name in ("data", "weights", "runs", "name"):  # of a variable that is not set, perhaps
+    for name in ("weights", "runs", "name"):  # of a variable that is not set, perhaps
         if getattr(options, name, "given") == "":
             parser.error(f"--{name} is empty: name one, or leave it out")
     if getattr(options, "name", "").endswith("-dry-run"):
@@ -466,7 +473,8 @@ def parse_arguments(arguments=None):
     add_recipe("crop", in_range(int, 1, 4096), "side of a training crop, px")
     add("--plain-crop", action="store_true", help="crops at the photo's own scale, instead of random resized ones; "
                                               "give --size that scale too (ImageNette: 160)")
-    add_recipe("size", in_range(int, 1, 4096), "side of the photos in evaluation, px; 3/2 of another --crop of the cnn")
+    add_recipe("size", in_range(int, 1, 4096), "side of the photos in evaluation, px; of the cnn so that objects are "
+                                              "as large as in crops: 96 for 64 px and 100 epochs")
     add("--looks", type=sizes, default=argparse.SUPPRESS, metavar="PX,PX,...",
         help="sides of the photos when maps are made, and for the features under a head; their feature maps are "
              "averaged (default: 2/3, 1 and 4/3 of --size for the cnn, 1 and 10/7 of it for other networks)")
@@ -487,9 +495,8 @@ def parse_arguments(arguments=None):
     weights = getattr(options, "weights", None if training == "scratch" else "imagenet")
     given = {field.name: getattr(options, field.name) for field in fields(Recipe) if field.name in options}
     values = DEFAULTS[training] | given | dict(training=training, weights=None if weights == "none" else weights)
-    if training == "scratch" and "size" not in given:  # a crop is enlarged: objects are about as large in such a photo
-        usual = DEFAULTS[training]
-        values["size"] = max(8, 8 * round(usual["size"] / usual["crop"] * values["crop"] / 8))
+    if training == "scratch":
+        values.setdefault("size", matching_size(values["crop"], values["epochs"]))
     values.setdefault("looks", default_looks(options.arch, values["size"]))
     options.name = getattr(options, "name", options.arch)
     if options.dry_run:
@@ -570,8 +577,8 @@ def make_batches(recipe, network, photos, val, precision):
     if recipe.training != "head":
         def train_batches(epoch):
             generator = torch.Generator().manual_seed(epoch_seed(recipe, epoch))
-            return data.train_batches(photos, sides(recipe, epoch)[0], recipe.batch_size, generator, least_area(recipe),
-                                      recipe.plain_crop, (RANK, WORLD), precision.products)
+            return data.train_batches(photos, sides(recipe, epoch)[0], recipe.batch_size, generator,
+                                      least_area(recipe.epochs), recipe.plain_crop, (RANK, WORLD), precision.products)
 
         return network, train_batches, lambda epoch: data.eval_batches(val, sides(recipe, epoch)[1], 128)
 

@@ -4,7 +4,8 @@
 
 This project's time is that of a run's log.csv, or, without --run, of a new training; the usual ways are trained here,
 torchvision's ResNet-18 and this project's CNN, until they are there, with nothing beside them. All train on 64 px crops
-of photos that are on disk, and are validated on whole photos of 96 px after every epoch; time is that of all epochs up
+of photos that are on disk, and are validated after every epoch on whole photos of the size that suits their crops,
+96 px the usual way (a crop shows 8 % of a photo or more), less in this project; time is that of all epochs up
 to the first that gets there, validation included, the start of the program and decoding photos ahead of time not.
 Prints what was reached and writes it as JSON (--out).
 """
@@ -34,7 +35,7 @@ import score  # noqa: E402
 import train  # noqa: E402
 
 SCRATCH = train.DEFAULTS["scratch"]
-CROP, SIZE, SMOOTHING = SCRATCH["crop"], SCRATCH["size"], SCRATCH["smoothing"]
+CROP, SIZE, SMOOTHING = SCRATCH["crop"], 96, SCRATCH["smoothing"]
 BATCH, LR, MOMENTUM, WEIGHT_DECAY = 64, 0.05, 0.9, 5e-4  # of the usual ways
 
 
@@ -65,8 +66,8 @@ def read_run(run):
         raise data.DataError(f"{run} was trained on another machine, {there}, not on {here}: leave --run out")
     if result["accuracy_on"] != "val":
         raise data.DataError(f"{run} was validated on {result['accuracy_on']}, not on val: name another with --run")
-    if (result["recipe"]["crop"], result["recipe"]["size"]) != (CROP, SIZE):
-        raise data.DataError(f"{run} has no {CROP} px crops, evaluated at {SIZE} px: name another with --run")
+    if result["recipe"]["crop"] != CROP:
+        raise data.DataError(f"{run} has no {CROP} px crops: name another with --run")
     return rows, result
 
 

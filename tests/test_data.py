@@ -796,6 +796,12 @@ def test_a_folder_is_used_where_it_is(small, tmp_path, capsys):
     assert usual.endswith("the public ImageNette has 9,469 and 3,925")
 
 
+def test_an_empty_name_is_not_the_working_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(draw_classes(tmp_path / "here", cat=3, dog=3))
+    with pytest.raises(data.DataError, match="is empty.*--data"):
+        data.prepare("")
+
+
 def test_usual_counts_are_not_remarked_on(small, capsys, monkeypatch):
     monkeypatch.setattr(data, "COUNTS", {"train": 20, "val": 20})
     data.prepare(small)

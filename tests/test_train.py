@@ -188,17 +188,23 @@ def test_crops_grow_to_their_side_and_photos_in_validation_with_them():
     found = [train.sides(recipe, epoch) for epoch in range(100)]
     assert found == sorted(found) and set(found) == {(48, 72), (56, 84), (64, 96)}
     assert found[0] == (48, 72) and found[74:] == [(64, 96)] * 26
-    assert train.sides(recipe_of("cnn", "--epochs", 1), 0) == (64, 96)
+    assert train.sides(recipe_of("cnn", "--epochs", 1), 0) == (64, 64)
     assert [train.sides(recipe_of("cnn", "--epochs", 5, "--crop", 128, "--size", 128), epoch)[0]
             for epoch in range(5)] == [104, 112, 120, 128, 128]
     assert train.sides(recipe_of("cnn", "--crop", 20, "--size", 20), 0) == (16, 16)
     assert train.sides(recipe_of("cnn", "--crop", 5, "--size", 16), 0) == (5, 16)
 
 
-@pytest.mark.parametrize("crop, size", [(None, 96), (128, 192), (88, 128), (1, 8)])
-def test_the_cnn_is_evaluated_at_one_and_a_half_times_its_crops(crop, size):
-    assert recipe_of("cnn", *(["--crop", crop] if crop else [])).size == size
-    assert recipe_of("cnn", "--crop", crop or 64, "--size", 100).size == 100
+@pytest.mark.parametrize("epochs, crop, size", [(100, 64, 96), (20, 64, 88), (5, 104, 128), (20, 96, 128), (1, 64, 64)])
+def test_the_cnn_is_evaluated_on_photos_with_objects_as_large_as_in_its_crops(epochs, crop, size):
+    assert recipe_of("cnn", "--crop", crop, "--epochs", epochs).size == size
+    assert recipe_of("cnn", "--crop", crop, "--epochs", epochs, "--size", 100).size == 100
+    assert train.matching_size(1, epochs) == 8  # a cell of the map
+    photos = data.from_arrays([torch.zeros(400, 400, 3, dtype=torch.uint8)])
+    boxes = data.random_boxes(photos, torch.zeros(20_000, dtype=torch.long), torch.Generator().manual_seed(0),
+                              train.least_area(epochs))
+    enlarged = (crop / (boxes[:, 2] * boxes[:, 3]).sqrt()).mean() * 400  # the side of a photo that is as much enlarged
+    assert float(enlarged) == pytest.approx(size, abs=max(4.5, 0.02 * size))
 
 
 def test_pieces_at_the_photos_own_scale_and_whole_photos_do_not_grow():
@@ -212,8 +218,8 @@ def test_the_longer_a_training_the_less_of_a_photo_a_crop_shows(demo, tmp_path, 
                         areas.append(area) or torch.tensor([[0.0, 0, 9, 9]]).expand(len(index), -1))
     for epochs, least in ((1, 1.0), (4, 0.5)):
         training(demo, tmp_path, "--name", epochs, epochs=epochs)
-        assert areas[-1] == least == train.least_area(recipe_of("cnn", "--epochs", epochs))
-    assert train.least_area(recipe_of("cnn", "--epochs", 100)) == pytest.approx(0.1)
+        assert areas[-1] == least == train.least_area(epochs)
+    assert train.least_area(100) == pytest.approx(0.1)
 
 
 def optimizer_of(kind, demo, runs, monkeypatch):
