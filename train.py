@@ -194,9 +194,10 @@ def orthogonalise(matrices, dtype=torch.float32):
     """Roughly the orthogonal matrix nearest to each of `matrices` (..., m, n): its singular vectors, large singular
     values near 1.
 
-    Newton-Schulz steps x <- (3.4445 - 4.775 xx' + 2.0315 (xx')^2) x bring singular values to 0.7..1.2 in three steps,
-    but those that are below a fiftieth of the Frobenius norm, which are only raised. Polynomials of xx' commute, so
-    their product is found among small (m, m) matrices first, and the large x is multiplied but twice.
+    Newton-Schulz steps x <- (3.4445 - 4.775 xx' + 2.0315 (xx')^2) x (Jordan et al. 2024) bring singular values to
+    0.7..1.2 in three steps, but those that are below a fiftieth of the Frobenius norm, which are only raised.
+    Polynomials of xx' commute, so their product is found among small (m, m) matrices first, and the large x is
+    multiplied but twice.
     """
     tall = matrices.shape[-2] > matrices.shape[-1]
     x = matrices.mT if tall else matrices  # (..., m, n), m <= n
@@ -249,7 +250,8 @@ class Muon(torch.optim.Optimizer):
             if group["orthogonal"]:
                 matrices = torch.stack([update.flatten(1) for update in updates])  # (banks, filters, weights)
                 rows, columns = matrices.shape[1:]
-                matrices = orthogonalise(matrices, self.dtype) * max(1, rows / columns) ** 0.5  # rows of norm 1
+                matrices = orthogonalise(matrices, self.dtype)  # those of a tall matrix have columns of norm 1
+                matrices *= max(1, rows / columns) ** 0.5  # rows of norm 1 in any case
                 updates = [matrix.view(p.shape) for matrix, p in zip(matrices, parameters, strict=True)]
             torch._foreach_mul_(parameters, 1 - rate * group["weight_decay"])
             torch._foreach_add_(parameters, updates, alpha=-rate)
