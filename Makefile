@@ -9,8 +9,8 @@ FIGURES ?= figures
 
 # A shell that leaves ~ in NAME=~/folder as it is (zsh, dash) would have it made here, as a folder called ~.
 home = $(if $(filter ~/%,$(firstword $(1))),$(subst ~/,$(HOME)/,$(1)),$(1))
-override RUNS := $(call home,$(RUNS))
-override FIGURES := $(call home,$(FIGURES))
+override RUNS := $(or $(call home,$(RUNS)),runs)
+override FIGURES := $(or $(call home,$(FIGURES)),figures)
 override WEIGHTS := $(call home,$(WEIGHTS))
 
 ifdef PYTHON

@@ -482,6 +482,8 @@ def confusion_picture(matrix, classes, title, dpi=300):
 
 def check_picture_name(path):
     """Raise CamError, before any work, for a name under which no picture can be written."""
+    if not str(path):
+        raise CamError("--out is empty: name a picture, or leave it out")
     path = Path(path)
     if path.suffix.lower() not in PICTURES:
         raise CamError(f"{path} cannot be written: name a picture that ends in .png or .pdf")
@@ -628,6 +630,8 @@ def photo_files(names):
 
     found = []
     for name in map(str, names):
+        if not name:  # of a variable that is not set, perhaps; as a path it would be the working folder
+            raise CamError("the name of a photo is empty: name a photo, or a folder that has some in it")
         path = Path(name)
         if path.is_file() or not (path.is_dir() or glob.has_magic(name)):
             found.append(path)  # a missing one is refused by name when it is decoded
@@ -731,6 +735,8 @@ def top_classes(network, facts, photo, top, contrast):
 def explanation_names(photos, models, more, out):
     """Where the picture of each of `photos`, paths, goes: `out` itself, or, where it is a folder's name, in there,
     named after the photo, the runs of `models` and the words `more`."""
+    if not out:
+        raise CamError("--out is empty: name a picture or a folder, or leave it out")
     suffix = Path(out).suffix.lower()
     if suffix in PICTURES or suffix and not Path(out).is_dir():  # a folder that is there may be called photos.2026
         if len(photos) > 1:
@@ -840,7 +846,7 @@ def parse_command_line(arguments):
 
 def main(arguments=None):
     """The command line."""
-    for stream in (sys.stdout, sys.stderr):  # a file's name may hold what a terminal's encoding lacks
+    for stream in filter(None, (sys.stdout, sys.stderr)):  # a file's name may hold what a terminal's encoding lacks
         stream.reconfigure(errors="backslashreplace")
     run, named = parse_command_line(arguments)
     try:

@@ -606,10 +606,10 @@ def prepare(source=None, root="data"):
     source: a folder; an archive, unpacked under `root`; or None, the public ImageNette, downloaded there.
     Raises DataError with a sentence for the user.
     """
-    if source == "":  # of a variable that is not set, perhaps; as a path it would be the working folder
+    if "" in (source, root):  # of a variable that is not set, perhaps; as a path it would be the working folder
         raise DataError("the name of the data is empty: name a folder or an archive, or leave it out (DATA=, --data)")
-    root = Path(root).expanduser()
-    folder = Path(root / "imagenette2-160" if source is None else source).expanduser()
+    root = Path(os.path.expanduser(root))  # which leaves ~name as it is where nobody is called so
+    folder = root / "imagenette2-160" if source is None else Path(os.path.expanduser(source))
     if source is None and not folder.exists():
         folder = root / Path(URL).name
         root.mkdir(parents=True, exist_ok=True)
@@ -777,7 +777,7 @@ def main():
     add("--side", type=int, help="shortest side, in pixels, that larger photos are reduced to (default: what is "
                                  f"stored, or {SHORT_SIDE})")
     options = parser.parse_args()
-    for stream in (sys.stdout, sys.stderr):
+    for stream in filter(None, (sys.stdout, sys.stderr)):
         stream.reconfigure(errors="backslashreplace")  # a name that this terminal has no letters for
     if options.side is not None and options.side < 1:
         parser.error(f"--side {options.side}: a photo has one pixel at least")

@@ -614,7 +614,7 @@ def load_boxes(folder, named, val):
     named: the folder of boxes that the user names, or None: the data's own, if it has some."""
     import data
 
-    source, boxes = Path(named or folder).expanduser(), {}
+    source, boxes = Path(os.path.expanduser(named or folder)), {}
     if named or (source / "localization.txt").exists():
         boxes = read_boxes(source / "localization.txt", source / "image_sizes.txt")
     of_val = with_boxes(val, boxes)
@@ -721,7 +721,7 @@ def main(arguments=None):
         parser.error("--boxes is empty: name a folder, or leave it out")
     if options.deletion < 0:
         parser.error("--deletion takes a number of photos, 0 or more")
-    for stream in (sys.stdout, sys.stderr):
+    for stream in filter(None, (sys.stdout, sys.stderr)):
         stream.reconfigure(errors="backslashreplace")  # a name that this terminal cannot write
     models.keep_memory()
     try:

@@ -84,7 +84,8 @@ class TrainError(Exception):
 
 # ---------------------------------------------------------------- several processes (torchrun)
 
-RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # torchrun sets them
+WORLD = int(os.environ.get("WORLD_SIZE") or 1)  # torchrun sets both
+RANK = int(os.environ["RANK"]) if WORLD > 1 and "RANK" in os.environ else 0
 
 
 def sum_over_processes(tensor):
@@ -417,7 +418,7 @@ def resume(folder, settings, classes):
         differ.append("data: the photos are others, or have changed")
     if differ:
         raise TrainError(f"{folder} holds a run of other settings ({'; '.join(differ)}): repeat them to go on "
-                         "with it, give this one a --name of its own, or remove the folder")
+                         "with it, give this one a --name of its own (make: RUNS=), or remove the folder")
     return state
 
 
@@ -446,8 +447,13 @@ def check_options(parser, options, training):
     for name in ("weights", "runs", "name"):  # of a variable that is not set, perhaps
         if getattr(options, name, "given") == "":
             parser.error(f"--{name} is empty: name one, or leave it out")
-    if getattr(options, "name", "").endswith("-dry-run"):
-        parser.error(f"--name {options.name} is what --dry-run calls its run: use another")
+    name = getattr(options, "name", options.arch)
+    if Path(name).name != name or name == "..":
+        parser.error(f"--name {name} is not the name of a folder in --runs: use one without slashes")
+    if name.endswith("-dry-run"):
+        parser.error(f"--name {name} is what --dry-run calls its run: use another")
+    if training == "scratch" and options.plain_crop and "size" not in options:
+        parser.error("--plain-crop wants --size, the side of whole photos at their own scale (ImageNette: 160)")
     if training != "scratch" and "width" in options:
         parser.error(f"--width is the cnn's: leave it out for {options.arch}")
     if training == "scratch" and options.unfreeze:
@@ -547,7 +553,8 @@ def prepare_network(recipe, photos):
         network.features.requires_grad_(False)
     elif recipe.training == "scratch":
         seeded = torch.Generator().manual_seed(recipe.seed)
-        crops, _ = next(data.train_batches(photos, recipe.crop, 256, seeded, plain=recipe.plain_crop))
+        count = max(1, min(256, 2**22 // recipe.crop**2))  # no more pixels for larger crops
+        crops, _ = next(data.train_batches(photos, recipe.crop, count, seeded, plain=recipe.plain_crop))
         models.whiten(network, crops)
     return network
 
@@ -634,7 +641,7 @@ def run_epochs(folder, recipe, network, batches, count, facts, state, precision)
         looks = recipe.looks if recipe.training == "head" else [sides(recipe, epoch)[1]]
         rows.append(dict(epoch=epoch + 1, size=models.looks_key(looks), train_loss=round(float(losses.mean()), 4),
                          train_accuracy=round(correct / seen, 5), **scores, lr=round(plan[0][0], 6),
-                         images_per_second=round(speed), seconds=round(time.perf_counter() - started, 1)))
+                         images_per_second=round(speed), seconds=round(time.perf_counter() - started, 2)))
         if RANK == 0:
             save_epoch(folder, rows, averaged, facts, dict(
                 network=network.state_dict(), average=averaged.state_dict(), optimizer=optimizer.state_dict(),
@@ -730,7 +737,7 @@ def train(recipe, options):
         raise TrainError(f"{WORLD} processes are more than a batch or val has photos: use a larger --batch-size than "
                          f"{recipe.batch_size}, or fewer processes")
     network = prepare_network(recipe, photos)
-    folder = Path(options.runs).expanduser() / options.name
+    folder = Path(os.path.expanduser(options.runs)) / options.name
     if RANK == 0:
         folder.mkdir(parents=True, exist_ok=True)
     with contextlib.nullcontext() if RANK else data.lock(folder / "run", wait=False):
@@ -777,7 +784,7 @@ def run(folder, recipe, network, photos, val, precision, dry_run):
 def main():
     """The command line: a run, and a sentence for what a user can mend."""
     recipe, options = parse_arguments()
-    for stream in (sys.stdout, sys.stderr):
+    for stream in filter(None, (sys.stdout, sys.stderr)):
         stream.reconfigure(errors="backslashreplace")  # a name that this terminal has no letters for
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
     try:

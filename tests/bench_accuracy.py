@@ -66,8 +66,8 @@ def read_run(run):
         raise data.DataError(f"{run} was trained on another machine, {there}, not on {here}: leave --run out")
     if result["accuracy_on"] != "val":
         raise data.DataError(f"{run} was validated on {result['accuracy_on']}, not on val: name another with --run")
-    if result["recipe"]["crop"] != CROP:
-        raise data.DataError(f"{run} has no {CROP} px crops: name another with --run")
+    if result["recipe"]["crop"] != CROP or result["recipe"].get("plain_crop"):
+        raise data.DataError(f"{run} has no random resized {CROP} px crops: name another with --run")
     return rows, result
 
 
@@ -158,12 +158,14 @@ def main(arguments=None):
     parser.add_argument("--usual-epochs", type=train.in_range(int, 1), default=20, help="of the usual ways, at most")
     parser.add_argument("--out", default="figures/bench-accuracy.json", help="where the measurements go")
     options = parser.parse_args(arguments)
+    if not options.out or Path(options.out).is_dir():  # said before the work, not after it
+        parser.error(f"--out {options.out!r} is not the name of a file")
     try:
         device = train.choose_device(options.device)
         folder = str(data.prepare(options.data))
         photos = [data.load(folder, split) for split in data.COUNTS]  # decoded now, in nobody's time
-        if len(photos[0].classes) != 10:
-            raise data.DataError(f"{folder} has {len(photos[0].classes)} classes, not ImageNette's 10")
+        if len(photos[0].classes) != 10 or len(photos[1].labels.unique()) != 10 or not Path(folder, "val").is_dir():
+            raise data.DataError(f"{folder} has not ImageNette's 10 classes in train/ and val/: name other --data")
         facts = dict(command=shlex.join(["python", "tests/bench_accuracy.py", *(arguments or sys.argv[1:])]),
                      machine=models.machine(), device=device.type, precision=train.choose_precision(device).name,
                      accuracy=options.accuracy, rows=[])

@@ -38,7 +38,8 @@ PROTOCOLS = (
     ("CNN, 64 → 96 px, 100 epochs", REPORT, dict(arch="cnn", epochs=100, size=96)),
     ("CNN, 64 → 88 px, 20 epochs", REPORT, dict(arch="cnn", epochs=20, size=88)),
     ("CNN, 64 → 72 px, 2 epochs", REPORT, dict(arch="cnn", epochs=2, size=72)),
-    ("CNN, 104 → 128 px, 5 epochs", LEADERBOARD[5], dict(arch="cnn", epochs=5, crop=104, size=128)),
+    ("CNN, 64 → 96 px, 20 epochs", REPORT, dict(arch="cnn", epochs=20, size=96)),
+    ("CNN, 64 → 96 px, 2 epochs", REPORT, dict(arch="cnn", epochs=2, size=96)),
     ("CNN, 128 → 128 px, 5 epochs", LEADERBOARD[5], dict(arch="cnn", epochs=5, crop=128, size=128)),
     ("CNN, 96 → 128 px, 20 epochs", LEADERBOARD[20], dict(arch="cnn", epochs=20, crop=96, size=128)),
     ("CNN, 128 → 128 px, 20 epochs", LEADERBOARD[20], dict(arch="cnn", epochs=20, crop=128, size=128)),
@@ -428,7 +429,7 @@ def main(arguments=None):
         print(f"results.py: a file in {options.runs}, {options.figures} or {options.results} has no {error}: measure "
               "again", file=sys.stderr)
         sys.exit(2)
-    except (ValueError, TypeError, AttributeError) as error:
+    except (ValueError, TypeError, AttributeError, IndexError) as error:
         print(f"results.py: a file in {options.runs}, {options.figures} or {options.results} holds something else than "
               f"a measurement ({error}): remove it, or measure again", file=sys.stderr)
         sys.exit(2)

@@ -758,6 +758,7 @@ def test_titles_and_truth_of_photos_of_one_s_own(call, demo, one, tmp_path, seen
     assert refused(call("figure", "--models", one, "--data", demo, "--truth", "tench"), "--images")
     (tmp_path / "empty").mkdir()
     assert refused(call(*what, "empty"), "empty holds no photo")
+    assert refused(call(*what, ""), "name of a photo is empty")
     assert refused(call(*what, "*.gif"), "*.gif holds no photo")
 
 
@@ -992,6 +993,13 @@ def test_names_that_no_picture_can_have_are_refused_before_any_work(call, tmp_pa
     monkeypatch.setattr(models, "load", lambda *_, **__: pytest.fail("work was done"))
     what = {"figure": ["--images", "a.jpg"], "explain": ["a.jpg"], "gallery": []}[command]
     assert refused(call(command, *what, "--out", out), out) and os.listdir(tmp_path) == ["folder.png"]
+
+
+def test_empty_names_are_not_the_working_folder(call, demo, one):
+    photo = next((demo / "val").rglob("*.JPEG"))
+    assert refused(call("explain", "", "--model", one), "name of a photo is empty")
+    assert refused(call("explain", photo, "--model", one, "--out", ""), "--out is empty")
+    assert refused(call("figure", "--models", one, "--data", demo, "--out", ""), "--out is empty")
 
 
 def test_one_picture_for_two_photos_is_refused(call, demo, one):

@@ -76,6 +76,11 @@ def test_a_tilde_that_the_shell_leaves_is_the_home_folder(make, tmp_path, monkey
     assert not runs.exists()
 
 
+def test_folders_that_are_given_empty_are_those_of_old(make):
+    assert make("results", "RUNS=", "FIGURES=") == make("results")
+    assert all("></" not in line for line in make("demo", "RUNS=", "FIGURES="))
+
+
 def test_figure_makes_what_is_missing_and_no_more(make, tmp_path):
     scripts = [line.split(">")[0] + ">" for line in make("figure")]
     assert scripts == ["<data.py>", "<data.py>", "<train.py>", "<data.py>", "<train.py>", "<cam.py>"]

@@ -1105,6 +1105,7 @@ def test_unknown_network_is_refused_by_the_command(call, demo, tmp_path):
     (["--weights", "garbage.pt"], ["weights"]),
     (["--runs", "file/runs"], ["file"]),
     (["--runs", "file"], ["file"]),
+    (["--data", "~no-such-user"], ["~no-such-user"]),
     (["--lr", -1], ["lr"]),
     (["--lr", "nan"], ["lr"]),
     (["--holdout", 0.999], ["--holdout"]),
@@ -1135,10 +1136,33 @@ def test_weights_that_are_none_are_refused(call, demo, tmp_path, weights, words)
 @pytest.mark.parametrize("more", [["--epochs", 0], ["--epochs", "many"], ["--batch-size", -1], ["--size", 0],
                                   ["--holdout", 1], ["--holdout", -0.1], ["--learning-rate", 1], ["--lr", 1e38],
                                   ["--looks", "0,8"], ["--looks", "a"], ["--looks", ""], ["--unfreeze"],
-                                  ["--weights", ""], ["--name", ""], ["--data", ""], ["--name", "a-dry-run"]])
+                                  ["--weights", ""], ["--name", ""], ["--data", ""], ["--name", "a-dry-run"],
+                                  ["--name", ".."], ["--name", "."], ["--name", "a/b"], ["--name", "cnn-dry-run/"]])
 def test_options_fail_loudly_and_early(call, demo, tmp_path, more):
     result = call(*arguments(demo, "runs", *more))
     assert result.returncode == 2 and more[0] in result.stderr and not (tmp_path / "runs").exists()
+
+
+def test_plain_crops_want_the_scale_of_whole_photos(call):
+    assert refused(call("cnn", "--plain-crop"), "--plain-crop", "--size")
+
+
+@pytest.mark.parametrize(("group", "found"), [(dict(RANK="1"), "0 1"), (dict(WORLD_SIZE="", RANK=""), "0 1"),
+                                              (dict(WORLD_SIZE="4", RANK="3"), "3 4")])
+def test_a_rank_that_a_job_scheduler_left_is_no_process_of_torchrun(group, found):
+    command = [sys.executable, "-c", "import train; print(train.RANK, train.WORLD)"]
+    result = subprocess.run(command, env=os.environ | group, cwd=REPO, capture_output=True, text=True)
+    assert result.stdout.strip() == found
+
+
+def test_whitening_takes_no_more_pixels_from_larger_crops(demo, monkeypatch):
+    counts, batches = [], data.train_batches
+    monkeypatch.setattr(data, "train_batches", lambda photos, size, count, *more, **options:
+                        counts.append(count) or batches(photos, 16, count, *more, **options))
+    photos = data.load(demo, "train")
+    for crop in (64, 128, 256, 4096):
+        train.prepare_network(recipe_of("cnn", "--crop", crop, "--width", 8), photos)
+    assert counts == [256, 256, 64, 1]
 
 
 @pytest.mark.parametrize("more", [["--crop", 16], ["--plain-crop"]])
@@ -1197,5 +1221,6 @@ def test_help_shows_every_default(call):
     assert call("--help").returncode == 0
     assert "(default: data/imagenette2-160)" in text and "(default: 0)" in text
     for recipe in train.DEFAULTS.values():  # of epochs, crop, size, ... there is one for each recipe
-        assert str(recipe["epochs"]) in text and str(recipe["size"]) in text and str(recipe["lr"]) in text
+        assert all(str(recipe[name]) in text for name in ("epochs", "crop", "lr"))
+    assert "224 with all frozen" in text and "96 for 64 px and 100 epochs" in text  # of size
     assert "(default: None)" not in text
