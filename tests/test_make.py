@@ -17,6 +17,11 @@ for word in "$@"; do printf '<%s>' "$word" >> words.txt; done; echo >> words.txt
 """
 
 
+@pytest.fixture(autouse=True)
+def without_the_variables_of_make_test(monkeypatch):
+    monkeypatch.delenv("MAKEFLAGS", raising=False)  # of `make test PYTHON=python`, which would hold for these too
+
+
 @pytest.fixture
 def make(tmp_path):
     """make("figure", "RUNS=old runs"): the lines of words, each in <>, that Python was asked in an empty folder."""
