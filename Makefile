@@ -3,9 +3,7 @@
 #   of finetune: WEIGHTS= SIZE= LOOKS=
 #   PYTHON=python uses an environment that is there already instead of making .venv
 
-ARCH    ?= resnet18
-RUNS    ?= runs
-FIGURES ?= figures
+ARCH ?= resnet18
 
 # A shell that leaves ~ in NAME=~/folder as it is (zsh, dash) would have it made here, as a folder called ~.
 home = $(if $(filter ~/%,$(firstword $(1))),$(subst ~/,$(HOME)/,$(1)),$(1))

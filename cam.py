@@ -482,8 +482,6 @@ def confusion_picture(matrix, classes, title, dpi=300):
 
 def check_picture_name(path):
     """Raise CamError, before any work, for a name under which no picture can be written."""
-    if not str(path):
-        raise CamError("--out is empty: name a picture, or leave it out")
     path = Path(path)
     if path.suffix.lower() not in PICTURES:
         raise CamError(f"{path} cannot be written: name a picture that ends in .png or .pdf")
@@ -630,7 +628,7 @@ def photo_files(names):
 
     found = []
     for name in map(str, names):
-        if not name:  # of a variable that is not set, perhaps; as a path it would be the working folder
+        if not name:  # again the working folder
             raise CamError("the name of a photo is empty: name a photo, or a folder that has some in it")
         path = Path(name)
         if path.is_file() or not (path.is_dir() or glob.has_magic(name)):
@@ -735,8 +733,6 @@ def top_classes(network, facts, photo, top, contrast):
 def explanation_names(photos, models, more, out):
     """Where the picture of each of `photos`, paths, goes: `out` itself, or, where it is a folder's name, in there,
     named after the photo, the runs of `models` and the words `more`."""
-    if not out:
-        raise CamError("--out is empty: name a picture or a folder, or leave it out")
     suffix = Path(out).suffix.lower()
     if suffix in PICTURES or suffix and not Path(out).is_dir():  # a folder that is there may be called photos.2026
         if len(photos) > 1:
@@ -838,6 +834,8 @@ def parse_command_line(arguments):
     add("--model", default="runs/cnn/best.pt", help="checkpoint")
     add("--count", type=int, default=10, help="mistakes to show")
     named = vars(parser.parse_args(arguments))
+    if not named["out"]:  # of a variable that is not set, perhaps; as a path it would be the working folder
+        parser.error("--out is empty: name a picture, or leave it out")
     for option, (least, most) in LIMITS.items():
         if not least <= named.get(option, least) <= most:
             parser.error(f"--{option} {named[option]} is not between {least} and {most}")

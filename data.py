@@ -607,7 +607,8 @@ def prepare(source=None, root="data"):
     Raises DataError with a sentence for the user.
     """
     if "" in (source, root):  # of a variable that is not set, perhaps; as a path it would be the working folder
-        raise DataError("the name of the data is empty: name a folder or an archive, or leave it out (DATA=, --data)")
+        raise DataError("the name of the data, or of the folder to unpack them in, is empty: name one, or leave it out "
+                        "(DATA=, --data, --root)")
     root = Path(os.path.expanduser(root))  # which leaves ~name as it is where nobody is called so
     folder = root / "imagenette2-160" if source is None else Path(os.path.expanduser(source))
     if source is None and not folder.exists():

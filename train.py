@@ -85,7 +85,7 @@ class TrainError(Exception):
 # ---------------------------------------------------------------- several processes (torchrun)
 
 WORLD = int(os.environ.get("WORLD_SIZE") or 1)  # torchrun sets both
-RANK = int(os.environ["RANK"]) if WORLD > 1 and "RANK" in os.environ else 0
+RANK = int(os.environ.get("RANK") or 0) if WORLD > 1 else 0
 
 
 def sum_over_processes(tensor):
@@ -447,7 +447,7 @@ def check_options(parser, options, training):
     for name in ("weights", "runs", "name"):  # of a variable that is not set, perhaps
         if getattr(options, name, "given") == "":
             parser.error(f"--{name} is empty: name one, or leave it out")
-    name = getattr(options, "name", options.arch)
+    name = getattr(options, "name", "")
     if Path(name).name != name or name == "..":
         parser.error(f"--name {name} is not the name of a folder in --runs: use one without slashes")
     if name.endswith("-dry-run"):
@@ -460,8 +460,8 @@ def check_options(parser, options, training):
         parser.error("--unfreeze does nothing for the cnn, of which every layer is trained: leave it out")
 
 
-def parse_arguments(arguments=None):
-    """The command line as (recipe, options): what decides the result, and where things are and run."""
+def make_parser():
+    """The options of the command. One that is left out (SUPPRESS) gets a default that depends on what is trained."""
     parser = argparse.ArgumentParser(description="Train the CNN from scratch, or fine-tune an ImageNet network.",
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
@@ -496,15 +496,19 @@ def parse_arguments(arguments=None):
     add("--name", default=argparse.SUPPRESS, help="folder in --runs; the network's name unless given")
     add("--skip-bad", action="store_true", help="leave damaged photos out, now and whenever these data are used")
     add("--dry-run", action="store_true", help="one epoch of two batches, everything written, as <name>-dry-run")
-    options = parser.parse_args(arguments)
+    return parser
 
+
+def parse_arguments(arguments=None):
+    """The command line as (recipe, options): what decides the result, and where things are and run."""
+    parser = make_parser()
+    options = parser.parse_args(arguments)
     training = "scratch" if options.arch == "cnn" else "all" if options.unfreeze else "head"
     check_options(parser, options, training)
     weights = getattr(options, "weights", None if training == "scratch" else "imagenet")
     given = {field.name: getattr(options, field.name) for field in fields(Recipe) if field.name in options}
     values = DEFAULTS[training] | given | dict(training=training, weights=None if weights == "none" else weights)
-    if training == "scratch":
-        values.setdefault("size", matching_size(values["crop"], values["epochs"]))
+    values.setdefault("size", matching_size(values["crop"], values["epochs"]))  # the cnn's, which DEFAULTS leaves open
     values.setdefault("looks", default_looks(options.arch, values["size"]))
     options.name = getattr(options, "name", options.arch)
     if options.dry_run:

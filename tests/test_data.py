@@ -798,8 +798,9 @@ def test_a_folder_is_used_where_it_is(small, tmp_path, capsys):
 
 def test_an_empty_name_is_not_the_working_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(draw_classes(tmp_path / "here", cat=3, dog=3))
-    with pytest.raises(data.DataError, match="is empty.*--data"):
-        data.prepare("")
+    for names in (("",), (None, "")):
+        with pytest.raises(data.DataError, match="is empty.*--data"):
+            data.prepare(*names)
 
 
 def test_usual_counts_are_not_remarked_on(small, capsys, monkeypatch):

@@ -700,3 +700,12 @@ def test_neither_memory_nor_open_files_grow(demo, tmp_path, monkeypatch):
     assert len(files) == 60 and len(set(files[10:])) == 1
     assert sizes[22] == sizes[-1] != sizes[0]  # before that crops grow, and what they need with them
     assert max(memory[-10:]) - max(memory[22:32]) < 16  # MiB
+
+
+@pytest.mark.skipif(os.name == "nt", reason="needs a shell of Unix")
+@pytest.mark.parametrize("command", ["data.py nowhere", "train.py cnn --data nowhere", "cam.py explain nowhere.jpg",
+                                     "score.py nowhere.pt"])
+def test_a_closed_output_is_no_traceback(tmp_path, command):
+    script = f'"{sys.executable}" "{REPO}/"{command} >&-'  # as daemons leave it
+    result = subprocess.run(["sh", "-c", script], cwd=tmp_path, capture_output=True, text=True)
+    assert refused(result, command.split(".")[0])
