@@ -198,13 +198,14 @@ def orthogonalise(matrices, dtype=torch.float32):
     Newton-Schulz steps x <- (3.4445 - 4.775 xx' + 2.0315 (xx')^2) x (Jordan et al. 2024) bring singular values to
     0.7..1.2 in three steps, but those that are below a fiftieth of the Frobenius norm, which are only raised.
     Polynomials of xx' commute, so their product is found among small (m, m) matrices first, and the large x is
-    multiplied but twice.
+    multiplied but twice; the norm, whose square is the trace of xx', divides the small ones.
     """
     tall = matrices.shape[-2] > matrices.shape[-1]
-    x = matrices.mT if tall else matrices  # (..., m, n), m <= n
-    x = (x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)).to(dtype)
+    x = (matrices.mT if tall else matrices).to(dtype)  # (..., m, n), m <= n
     gram = x @ x.mT  # (..., m, m)
-    product = torch.eye(gram.shape[-1], dtype=dtype, device=x.device)
+    square = gram.diagonal(dim1=-2, dim2=-1).sum(-1)[..., None, None] + 1e-14  # of the Frobenius norm
+    gram = gram / square
+    product = torch.eye(gram.shape[-1], dtype=dtype, device=x.device) / square.sqrt()
     for _ in range(3):
         polynomial = -4.7750 * gram + 2.0315 * (gram @ gram)
         polynomial.diagonal(dim1=-2, dim2=-1).add_(3.4445)
@@ -248,13 +249,14 @@ class Muon(torch.optim.Optimizer):
             torch._foreach_mul_(velocities, momentum)
             torch._foreach_add_(velocities, gradients)
             updates = torch._foreach_add(gradients, velocities, alpha=momentum)
-            if group["orthogonal"]:
-                matrices = torch.stack([update.flatten(1) for update in updates])  # (banks, filters, weights)
-                rows, columns = matrices.shape[1:]
-                matrices = orthogonalise(matrices, self.dtype)  # those of a tall matrix have columns of norm 1
-                matrices *= max(1, rows / columns) ** 0.5  # rows of norm 1 in any case
-                updates = [matrix.view(p.shape) for matrix, p in zip(matrices, parameters, strict=True)]
             torch._foreach_mul_(parameters, 1 - rate * group["weight_decay"])
+            if group["orthogonal"]:
+                filters, channels, height, width = parameters[0].shape
+                # (banks, filters, weights), in the order of channels-last memory, so that no weight is moved
+                matrices = torch.stack([update.permute(0, 2, 3, 1).flatten(1) for update in updates])
+                matrices = orthogonalise(matrices, self.dtype).unflatten(2, (height, width, channels))
+                updates = matrices.permute(0, 1, 4, 2, 3).unbind()
+                rate *= max(1, filters / (channels * height * width)) ** 0.5  # rows of norm 1, of tall matrices too
             torch._foreach_add_(parameters, updates, alpha=-rate)
 
 
