@@ -354,11 +354,9 @@ def training(rows, command, precision):
     return usual
 
 
-def head_and_maps(rows, command, precision, peers):
-    """Rows on the last layer's training and on maps, with what share of a matrix product's speed maps reach.
-    peers: whether torchcam and grad-cam are there."""
-    heads = in_turns(command, ("head", {}), ("head_usual", {}))
-    add(rows, "last layer of ResNet-18, 5 epochs", "s", *(values(r, "seconds") for r in heads))
+def explaining(rows, command, precision, peers):
+    """Rows on maps, with what share of a matrix product's speed they reach. peers: whether torchcam and grad-cam are
+    there."""
     types = list(dict.fromkeys([precision.name, "float32"]))
     packages = ["torchcam", "gradcam"] if peers else []
     turns = in_turns(command, *(("maps", dict(way=way)) for way in types + packages))
@@ -400,20 +398,25 @@ def growth(rows, command):
         add(rows, f"{what} the photos, {CROP} px", "s", [job(command, "epoch", share=share)["seconds"]])
 
 
-def measure(source, folder, device, precision, peers, quick):
-    """All rows of the table, printed as they come. source: what the user named as data; folder: where they are;
-    quick: without those on the last layer and on maps."""
+def measure(rows, source, folder, device, precision, peers, quick):
+    """Append all rows of the table to `rows`, in parts, what takes longest last; each is printed at once, and a `yield`
+    after each part lets it be saved. source: what the user named as data; folder: where they are; quick: without maps
+    and the last layer."""
     command = [sys.executable, __file__, "--data", folder, "--device", device, *(["--peers", peers] if peers else [])]
-    rows = []
     print("| " + " | ".join(HEADER) + " |\n" + "| --- " * len(HEADER) + "|")
     usual = training(rows, command, precision)
+    yield
     first = [job(command, "first_batch", source=source) for _ in range(REPEATS)]
     add(rows, "archive to first batch, second start", "s", values(first, "seconds"))
-    if not quick:
-        head_and_maps(rows, command, precision, peers)
     memory(rows, command, folder, device, usual)
     growth(rows, command)
-    return rows
+    yield
+    if not quick:
+        explaining(rows, command, precision, peers)
+        yield
+        heads = in_turns(command, ("head", {}), ("head_usual", {}))
+        add(rows, "last layer of ResNet-18, 5 epochs", "s", *(values(r, "seconds") for r in heads))
+        yield
 
 
 def main():
@@ -443,10 +446,10 @@ def main():
         for split in data.COUNTS:
             data.load(folder, split)
         facts = dict(command=shlex.join(["python", "tests/bench.py", *sys.argv[1:]]), machine=models.machine(),
-                     device=device.type, precision=precision.name, repeats=REPEATS)
-        facts["rows"] = measure(options.data, folder, device.type, precision, options.peers, options.quick)
-        with models.atomic(options.out) as file:
-            file.write(json.dumps(facts, indent=1).encode())
+                     device=device.type, precision=precision.name, repeats=REPEATS, rows=[])
+        for _ in measure(facts["rows"], options.data, folder, device.type, precision, options.peers, options.quick):
+            with models.atomic(options.out) as file:  # each time, so that an hour of measuring is not lost
+                file.write(json.dumps(facts, indent=1).encode())
         print(f"\nwritten: {options.out}; `make results` takes it into RESULTS.md")
     except (train.TrainError, data.DataError, OSError) as error:
         print(f"bench.py: {error}", file=sys.stderr)

@@ -14,6 +14,8 @@ import models
 import train
 
 CPU, FLOAT32 = torch.device("cpu"), train.Precision(None, False, torch.channels_last)
+FAKE = dict(seconds=2.0, images_per_second=50.0, peak=0.5, memory=1.5,
+            shares=dict(batch=0.05, optimiser=0.1, average=0.01))  # what a job gives
 
 
 def test_a_ratio_is_of_means_and_its_spread_of_turns():
@@ -69,9 +71,7 @@ def test_a_job_prints_its_seconds(name, demo):
 
 def test_all_rows_are_printed_and_written_as_data(tmp_path, monkeypatch, demo, capsys):
     """The whole command, its jobs and the commands that it measures replaced by numbers."""
-    fake = dict(seconds=2.0, images_per_second=50.0, peak=0.5, memory=1.5,
-                shares=dict(batch=0.05, optimiser=0.1, average=0.01))
-    monkeypatch.setattr(bench, "job", lambda command, name, **_: fake)
+    monkeypatch.setattr(bench, "job", lambda command, name, **_: FAKE)
     monkeypatch.setattr(bench, "run", lambda *command: ("", 0.25))
     monkeypatch.setattr(bench.importlib.util, "find_spec", lambda name: True)
     out = tmp_path / "new" / "bench.json"
@@ -88,3 +88,20 @@ def test_all_rows_are_printed_and_written_as_data(tmp_path, monkeypatch, demo, c
     assert rows["share of a large matrix product, float32: maps"]["here"] == pytest.approx([50 * forward / 0.5] * 3)
     for row in written["rows"]:
         assert "| " + " | ".join(bench.cells(**row)) + " |" in printed
+
+
+def test_what_was_measured_before_a_failure_is_kept(tmp_path, monkeypatch, demo, capsys):
+    def job(command, name, **_):
+        if name == "head_usual":
+            raise bench.data.DataError("no memory is left")
+        return FAKE
+
+    monkeypatch.setattr(bench, "job", job)
+    monkeypatch.setattr(bench, "run", lambda *command: ("", 0.25))
+    out = tmp_path / "bench.json"
+    monkeypatch.setattr(sys, "argv", ["bench.py", "--data", str(demo), "--device", "cpu", "--out", str(out)])
+    with pytest.raises(SystemExit) as stopped:
+        bench.main()
+    assert stopped.value.code == 2 and "no memory is left" in capsys.readouterr().err
+    rows = [row["job"] for row in json.loads(out.read_text())["rows"]]
+    assert "all the photos, 64 px" in rows and "last layer of ResNet-18, 5 epochs" not in rows
