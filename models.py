@@ -269,8 +269,9 @@ def out_of_memory(error):
 
 
 def machine():
-    """Where and with what a number was measured, in plain types: processor, cores, memory (GiB), versions, and the
-    commit of this folder, with a + where files have been changed since; what cannot be found out is None."""
+    """Where and with what a number was measured, in plain types: processor, instructions, cores, memory (GiB),
+    versions, and the commit of this folder, with a + where files have been changed since; what cannot be found out is
+    None."""
     try:
         facts = Path("/proc/cpuinfo").read_text()
         memory = round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30)
@@ -283,9 +284,9 @@ def machine():
     except (OSError, subprocess.TimeoutExpired):
         commit = None
     return dict(processor=processor[1] if processor else platform.processor() or platform.machine(),
-                instructions=torch.backends.cpu.get_cpu_capability(), cores=os.cpu_count(), memory=memory,
-                python=platform.python_version(), torch=torch.__version__, torchvision=torchvision.__version__,
-                commit=commit)
+                instructions=torch.backends.cpu.get_cpu_capability() + ", AMX" * torch.cpu._is_amx_tile_supported(),
+                cores=os.cpu_count(), memory=memory, python=platform.python_version(),
+                torch=torch.__version__, torchvision=torchvision.__version__, commit=commit)
 
 
 # ---------------------------------------------------------------- checkpoints
