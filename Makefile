@@ -80,7 +80,7 @@ test: $(DEV)  ## the tests, offline, a few minutes
 test-long: $(DEV)  ## longer proofs, some minutes more
 	$(PYTEST) -m long
 
-bench: data .peers  ## speed and memory against the usual way, side by side, a quarter of an hour
+bench: data .peers  ## speed and memory against the usual way, side by side, up to an hour
 	"$(PYTHON)" tests/bench.py $(SOURCE) $(if $(DEVICE),--device "$(DEVICE)") --peers .peers --out "$(FIGURES)/bench.json"
 
 bench-accuracy: data  ## seconds until 85 % of val, against the usual ways, hours without a GPU
