@@ -252,7 +252,7 @@ class Muon(torch.optim.Optimizer):
             torch._foreach_mul_(parameters, 1 - rate * group["weight_decay"])
             if group["orthogonal"]:
                 filters, channels, height, width = parameters[0].shape
-                # (banks, filters, weights), in the order of channels-last memory, so that no weight is moved
+                # (banks, filters, weights), in the order of channels-last memory, which needs no reordering
                 matrices = torch.stack([update.permute(0, 2, 3, 1).flatten(1) for update in updates])
                 matrices = orthogonalise(matrices, self.dtype).unflatten(2, (height, width, channels))
                 updates = matrices.permute(0, 1, 4, 2, 3).unbind()
