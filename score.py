@@ -254,18 +254,21 @@ def component_boxes(masks):
     Returns the mask it is in (M,), and x0, y0, x1, y1 in cells (M, 4), x1 and y1 exclusive, int64.
 
     Works on runs, the unbroken stretches of a row, of all masks in one line, with an empty column before each mask and
-    an empty row after it. Run i touches those runs one row on that neither begin after it ends nor end before it
-    begins; as runs are in order, these follow one another. Each is labelled with the first that it is connected to.
+    an empty row after it. A run touches those runs one row on that neither begin after it ends nor end before it
+    begins: cells 2 to 4 of a row those that hold any of 1 to 5 in the next. As runs are in order, these follow one
+    another. All runs of a component are labelled with the first of it, found in rounds: of two that touch the larger
+    label learns the smaller, then labels of labels are followed to their end, until none differ.
     """
     height, stride = masks.shape[1] + 1, masks.shape[2] + 1
     line = F.pad(masks, (1, 0, 0, 1)).flatten().cpu().numpy()  # NumPy finds changes faster
     changes = torch.from_numpy((line[1:] != line[:-1]).nonzero()[0] + 1).to(masks.device)
     start, end = changes.view(-1, 2).T.contiguous()  # (R,), of the runs
-    first = torch.searchsorted(end, start + stride)
+    first = torch.searchsorted(end, start + stride)  # (R,), of the runs that each touches in the next row; and how many
     count = torch.searchsorted(start, end + stride, right=True) - first
     runs = torch.arange(len(start), device=start.device)
     upper = runs.repeat_interleave(count)  # (pairs,), and `lower`: runs that touch
-    lower = (first + count - count.cumsum(0))[upper] + torch.arange(len(upper), device=start.device)
+    before = count.cumsum(0) - count  # pairs of the runs before
+    lower = (first - before)[upper] + torch.arange(len(upper), device=start.device)
     label = runs
     while not torch.equal(label[upper], label[lower]):
         one, other = label[upper], label[lower]
@@ -273,8 +276,8 @@ def component_boxes(masks):
         while not torch.equal(label, label[label]):
             label = label[label]
     row, x0 = start // stride, start % stride - 1
-    y0 = row % height
-    boxes = torch.stack([x0, y0, start - end - x0, -y0 - 1], 1)  # ends are negative: one minimum serves all four
+    y0, x1 = row % height, x0 + end - start
+    boxes = torch.stack([x0, y0, -x1, -y0 - 1], 1)  # ends are negative: one minimum serves all four
     boxes = boxes.scatter_reduce(0, label[:, None].expand(-1, 4), boxes, "amin") * boxes.new_tensor([1, 1, -1, -1])
     return (row // height)[label == runs], boxes[label == runs]
 
@@ -373,14 +376,14 @@ def batches(photos, size, label=None):
 
 
 @torch.no_grad()
-def predict_with_maps(network, photos, size, classes=None, label=None):
+def logits_and_maps(network, photos, size, classes=None, label=None):
     """The logits (N, K) of photos, and the maps (N, h, w) of `classes` (N,), or of each photo's likeliest class."""
     import cam
 
     all_logits, chosen_maps = [], []
     for images, part in batches(photos, size, label):
         maps, logits = cam.MapsAndLogits(network)(images)  # (B, K, h, w), (B, K)
-        cam.check_identity(maps, logits, network.head.bias)
+        cam.check_identity(maps, logits, network.head.bias)  # NaN and weights beyond float32's precision end here
         chosen = logits.argmax(1) if classes is None else classes[part]
         all_logits.append(logits)
         chosen_maps.append(maps[torch.arange(len(images)), chosen])
@@ -401,7 +404,7 @@ def with_controls(maps, facts, photos, classes):
     """A network's own maps (N, h, w) and the controls: {map: (S, N, h, w)}, S seeds. photos: N or fewer, `classes`
     (N,) theirs; those of random weights are of the first RANDOM_PHOTOS of them."""
     few, size = photos.subset(torch.arange(len(photos))[:RANDOM_PHOTOS]), facts["size"]
-    random = [predict_with_maps(random_network(facts, seed), few, size, classes)[1] for seed in range(SEEDS)]
+    random = [logits_and_maps(random_network(facts, seed), few, size, classes)[1] for seed in range(SEEDS)]
     return {OWN: maps[None], RANDOM: torch.stack(random), SQUARE: centred_square(len(maps), 64)[None]}
 
 
@@ -468,7 +471,7 @@ def score_network(network, facts, val, boxed, deleted, label):
     deleted: photos for deletion and insertion, 42 passes for each map; label: of the progress shown."""
     size, classes = facts["size"], facts["classes"]
     val = val.relabelled(classes)
-    logits, maps = predict_with_maps(network, val, size, label=label)
+    logits, maps = logits_and_maps(network, val, size, label=label)
     confidence, predicted = logits.softmax(1).max(1)
     scores = {OWN: accuracies((predicted == val.labels).float(), val.labels, val.names), RANDOM: {}, SQUARE: {}}
     drawn = torch.randperm(len(val), generator=torch.Generator().manual_seed(0))[:DROP_PHOTOS]
@@ -477,7 +480,7 @@ def score_network(network, facts, val, boxed, deleted, label):
         scores[kind] |= faithfulness(network, photos, size, likeliest, confidence[drawn], seeds, deleted // len(seeds))
     if boxed:
         splits = [photos.relabelled(classes) for photos, _ in boxed]
-        maps = torch.cat([predict_with_maps(network, photos, size, photos.labels)[1] for photos in splits])
+        maps = torch.cat([logits_and_maps(network, photos, size, photos.labels)[1] for photos in splits])
         boxes = [of_photo for _, of_split in boxed for of_photo in of_split]
         for kind, seeds in with_controls(maps, facts, splits[0], splits[0].labels).items():
             scores[kind] |= localisation(seeds, boxes, len(splits[0]))

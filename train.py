@@ -35,7 +35,7 @@ import data
 import models
 
 PASSED = 0.72  # the accuracy of the course report that this project grew from: in which epoch is it passed?
-PLAIN_LR = 5.0  # the learning rate of what Muon leaves to SGD, in units of Muon's own
+PLAIN_LR = 5.0  # the learning rate of what Muon does not orthogonalise, in units of that of what it does
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class Recipe:
     size: int  # px, side of the photos in evaluation; where a head is trained, `looks` alone counts
     looks: tuple  # px, sides of the photos when maps are made, and for stored features
     batch_size: int
-    lr: float  # at its peak
+    lr: float  # at its peak, of filters; PLAIN_LR times it of all else, a last layer too
     weight_decay: float
     smoothing: float  # of labels
     width: int = 0  # of the cnn: channels at 1/8 of the photo's side
@@ -219,8 +219,8 @@ class Muon(torch.optim.Optimizer):
     """SGD with Nesterov momentum that orthogonalises the step of every filter bank (Jordan et al. 2024).
 
     A gradient is dominated by few directions; orthogonalised, a step moves all of them alike. What is no bank of
-    filters over many channels (vectors, linear layers, filters of the photo or of one channel) takes plain SGD steps,
-    at `PLAIN_LR` times the learning rate. Weight decay is for the banks alone: normalisation follows them, so that
+    filters over many channels (vectors, linear layers, filters of the photo or of one channel) takes the step as it
+    is, at `PLAIN_LR` times the learning rate. Weight decay is for the banks alone: normalisation follows them, so that
     their size does not change what they compute, only how far a step turns them: decay keeps it from growing. Banks of
     one shape are a group, and one stack of matrices.
     """
@@ -487,7 +487,8 @@ def make_parser():
                                               "as large as in crops: 96 for 64 px and 100 epochs")
     add("--looks", type=sizes, default=argparse.SUPPRESS, metavar="PX,PX,...",
         help="sides of the photos when maps are made, and for the features under a head; their feature maps are "
-             "averaged (default: 2/3, 1 and 4/3 of --size for the cnn, 1 and 10/7 of it for other networks)")
+             "averaged (default: 2/3, 1 and 4/3 of --size for the cnn, with --plain-crop that alone, 1 and 10/7 of it "
+             "for other networks)")
     add_recipe("batch-size", in_range(int, 1), "photos in a step")
     add_recipe("lr", in_range(float, 0, 1e37), f"peak learning rate of filters; {PLAIN_LR:g} times it for all else")
     add_recipe("width", in_range(int, 8, 4096), "channels of the cnn at 1/8 of the photo's side")
@@ -511,7 +512,8 @@ def parse_arguments(arguments=None):
     given = {field.name: getattr(options, field.name) for field in fields(Recipe) if field.name in options}
     values = DEFAULTS[training] | given | dict(training=training, weights=None if weights == "none" else weights)
     values.setdefault("size", matching_size(values["crop"], values["epochs"]))  # the cnn's, which DEFAULTS leaves open
-    values.setdefault("looks", default_looks(options.arch, values["size"]))
+    one = (values["size"],)  # what learned objects of one scale alone loses by other sizes: plain crops 13 points
+    values.setdefault("looks", one if options.plain_crop else default_looks(options.arch, values["size"]))
     options.name = getattr(options, "name", options.arch)
     if options.dry_run:
         values["epochs"] = 1

@@ -115,7 +115,8 @@ def test_looks_crops_and_other_recipes_have_rows_of_their_own(gathered, tmp_path
     training(tmp_path, "wide", 0.91, width=256)
     training(tmp_path, "held", 0.92, holdout=0.15, more=dict(accuracy_on="held-out train", accuracy_n=1420))
     text = gathered()
-    names = ("MobileNetV2, one look", "MobileNetV2, two looks", "CNN, plain 64 x 64 crops", "`wide`", "`held`")
+    names = ("MobileNetV2, one look", "MobileNetV2, two looks", "CNN, plain 64 px crops → 160 px, 40 epochs",
+             "`wide`", "`held`")
     assert [row(text, name)[2] for name in names] == ["97.00 %", "98.00 %", "85.00 %", "91.00 %", "92.00 %"]
     assert "1,420 photos of held-out train" in " ".join(text.split())
     assert row(text, "CNN, 64 → 96 px, 100 epochs")[2] == "not measured"

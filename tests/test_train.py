@@ -969,6 +969,13 @@ def test_the_looks_follow_from_the_size(arch, size, looks):
     assert train.parse_arguments([arch, "--size", str(size), "--looks", "40,20,40"])[0].looks == (20, 40)
 
 
+def test_what_learned_from_plain_crops_looks_once():
+    """It knows objects of one scale: at 104, 160, 216 px one of 40 epochs got 74.7 % in place of 88.1 %."""
+    plain = ["cnn", "--plain-crop", "--size", "160"]
+    assert train.parse_arguments(plain)[0].looks == (160,)
+    assert train.parse_arguments([*plain, "--looks", "160,216"])[0].looks == (160, 216)
+
+
 def test_a_network_that_was_trained_with_one_look_gets_the_accuracy_of_all(demo, tmp_path):
     training(demo, tmp_path, "--looks", "16,24,32", epochs=1)
     result = json.loads((tmp_path / "cnn" / "result.json").read_text())
