@@ -232,7 +232,8 @@ def resample(photos, index, boxes, size, flip=None, dtype=torch.float32):
     images = torch.bmm(along_y, images.view(len(index), h, 3 * w)).view(-1, size, w, 3)
     images = torch.einsum("nyxc,nzx->nyzc", images, along_x).contiguous()
     mean, std = send(255 * torch.tensor([MEAN, STD]), device)
-    return send(((images - mean) / std).to(dtype), photos.device).permute(0, 3, 1, 2)  # channels-last in memory
+    images = send(((images - mean) / std).to(dtype), photos.device).permute(0, 3, 1, 2)  # channels-last in memory
+    return images.contiguous() if photos.device.type == "mps" else images  # wrong gradients: pytorch#175189
 
 
 def random_boxes(photos, index, generator, area=CROP_AREA):
@@ -692,7 +693,11 @@ def members(archive):
         with zipfile.ZipFile(archive) as file:
             for info in file.infolist():
                 plain = stat.S_IFMT(info.external_attr >> 16) in (0, stat.S_IFREG, stat.S_IFDIR)
-                yield info.filename, info.file_size, plain, None if info.is_dir() else file.open(info)
+                name = info.filename
+                if not info.flag_bits & 0x800:  # said to be of DOS; zip on Linux and Macs writes UTF-8 all the same
+                    with contextlib.suppress(UnicodeError):
+                        name = name.encode("cp437").decode()
+                yield name, info.file_size, plain, None if info.is_dir() else file.open(info)
 
 
 def unpack(archive, folder):

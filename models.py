@@ -265,7 +265,7 @@ def keep_memory():
 def out_of_memory(error):
     """Whether an error says that memory ran out; torch has a type of its own for that on CUDA alone."""
     return isinstance(error, MemoryError) or any(
-        text in str(error) for text in ("out of memory", "can't allocate memory", "not enough memory"))
+        text in str(error) for text in ("out of memory", "can't allocate memory", "not enough memory", "ALLOC_FAILED"))
 
 
 def machine():

@@ -79,7 +79,8 @@ def interval_of_mean(mean, variance, n):
         return None, None
     if variance < 1e-15:  # a constant; a few equal values may be chance
         return (mean, mean) if n >= 10 else wilson_interval(mean, n)
-    return wilson_interval(mean, mean * (1 - mean) / variance)
+    effective = mean * (1 - mean) / variance
+    return wilson_interval(mean, effective if n >= 10 else min(n, effective))  # the spread of a few may be chance
 
 
 def mean_interval(values, variance=0.0):

@@ -23,7 +23,7 @@ import signal
 import sys
 import time
 from collections import defaultdict
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -479,7 +479,7 @@ def make_parser():
     add("--weights", default=argparse.SUPPRESS, help="'imagenet' (download; the default of every network but the cnn), "
                                                      "'none' (random), or a file in torchvision's format")
     add("--unfreeze", action="store_true", help="train every layer, not the last one alone")
-    add_recipe("epochs", in_range(int, 1), "passes over the photos")
+    add_recipe("epochs", in_range(int, 1, 2**31), "passes over the photos")
     add_recipe("crop", in_range(int, 1, 4096), "side of a training crop, px")
     add("--plain-crop", action="store_true", help="crops at the photo's own scale, instead of random resized ones; "
                                               "give --size that scale too (ImageNette: 160)")
@@ -489,7 +489,7 @@ def make_parser():
         help="sides of the photos when maps are made, and for the features under a head; their feature maps are "
              "averaged (default: 2/3, 1 and 4/3 of --size for the cnn, with --plain-crop that alone, 1 and 10/7 of it "
              "for other networks)")
-    add_recipe("batch-size", in_range(int, 1), "photos in a step")
+    add_recipe("batch-size", in_range(int, 1, 2**31), "photos in a step")
     add_recipe("lr", in_range(float, 0, 1e37), f"peak learning rate of filters; {PLAIN_LR:g} times it for all else")
     add_recipe("width", in_range(int, 8, 4096), "channels of the cnn at 1/8 of the photo's side")
     add("--holdout", type=in_range(float, 0, 1), default=0.0, help="share of train to validate on, in place of val")
@@ -691,7 +691,7 @@ def best_row(rows):
 def val_scores(totals):
     """The columns of the log that follow from the sums (3, K) of `evaluate`. The accuracy of the classes is the mean of
     each class's own, which classes of few photos count in as much as those of many."""
-    loss, right, photos = totals.double().cpu()
+    loss, right, photos = totals.cpu().double()  # MPS knows no float64
     there = photos > 0
     return dict(val_loss=round(float(loss.sum() / photos.sum()), 4),
                 val_accuracy=round(float(right.sum() / photos.sum()), 5),
@@ -730,7 +730,9 @@ def train(recipe, options):
     precision = choose_precision(device)
     if recipe.training == "head":  # one pass, in the precision of maps: bfloat16 moves a photo's features by a seventh
         precision = precision._replace(dtype=None, scale=False)
-    if device.type == "cuda":
+    if device.type == "cuda" and recipe.training == "head":
+        torch.backends.cudnn.allow_tf32 = False  # nor TF32
+    elif device.type == "cuda":
         torch.set_float32_matmul_precision("high")  # TF32 for the products that stay in float32
     if WORLD > 1:
         nccl = device.type == "cuda" and torch.distributed.is_nccl_available()  # not on Windows
@@ -744,8 +746,9 @@ def train(recipe, options):
     if min(len(val), *batch_lengths(recipe, len(photos))) < WORLD:
         raise TrainError(f"{WORLD} processes are more than a batch or val has photos: use a larger --batch-size than "
                          f"{recipe.batch_size}, or fewer processes")
-    network = prepare_network(recipe, photos)
     folder = Path(os.path.expanduser(options.runs)) / options.name
+    goes_on = (folder / "last.pt").exists() and not options.dry_run  # all weights are in there
+    network = prepare_network(replace(recipe, weights=None) if goes_on else recipe, photos)
     if RANK == 0:
         folder.mkdir(parents=True, exist_ok=True)
     with contextlib.nullcontext() if RANK else data.lock(folder / "run", wait=False):
@@ -807,8 +810,9 @@ def main():
     except (RuntimeError, MemoryError) as error:
         if not models.out_of_memory(error):
             raise
-        print(f"train.py: not enough memory ({error!r:.100}): use a smaller --batch-size than "
-              f"{recipe.batch_size}, or a smaller --crop or --size", file=sys.stderr)
+        smaller = ("smaller --looks" if recipe.training == "head" else
+                   f"a smaller --batch-size than {recipe.batch_size}, or a smaller --crop or --size")
+        print(f"train.py: not enough memory ({error!r:.100}): use {smaller}", file=sys.stderr)
         sys.exit(2)
 
 

@@ -1086,6 +1086,33 @@ def test_a_zip_of_windows_with_a_letter_beside_the_folder(pets, tmp_path):
     assert contents(data.prepare(tmp_path / "photos.zip", tmp_path / "root")) == contents(pets)
 
 
+def test_names_of_a_zip_are_utf_8_even_where_it_does_not_say_so(tmp_path):
+    """As zip on Linux and Macs writes them: without the bit for UTF-8, which Python would write, in both headers."""
+    with zipfile.ZipFile(tmp_path / "photos.zip", "w") as file:
+        for name in ("Tür", "猫"):
+            for i in range(2):
+                photo = io.BytesIO()
+                Image.new("RGB", (8, 8), (len(name), i, 0)).save(photo, "PNG")
+                file.writestr(f"{name}/{i}.png", photo.getvalue())
+    raw = (tmp_path / "photos.zip").read_bytes()
+    assert raw.count(b"\x00\x08\x00\x00") >= 4  # flags, then "stored", of every entry
+    for header in (b"PK\x03\x04\x14\x00", b"PK\x01\x02\x14\x03\x14\x00"):
+        assert raw.count(header + b"\x00\x08") == 4
+        raw = raw.replace(header + b"\x00\x08", header + b"\x00\x00")
+    (tmp_path / "photos.zip").write_bytes(raw)
+    assert not {"Tür/0.png", "猫/0.png"} & set(zipfile.ZipFile(tmp_path / "photos.zip").namelist())
+    assert data.check(data.prepare(tmp_path / "photos.zip", tmp_path / "root"))[1] == ["Tür", "猫"]
+
+
+def test_images_for_mps_are_contiguous(monkeypatch):
+    """There, channels-last gave wrong gradients (pytorch#175189)."""
+    photos = data.from_arrays([torch.zeros(9, 12, 3, dtype=torch.uint8)] * 4)
+    assert not next(data.eval_batches(photos, 8, 4))[0].is_contiguous()
+    monkeypatch.setattr(data, "send", lambda tensor, device: tensor)
+    images, _ = next(data.eval_batches(replace(photos, device=torch.device("mps")), 8, 4))
+    assert images.is_contiguous()
+
+
 @pytest.mark.parametrize("method", [zipfile.ZIP_LZMA, zipfile.ZIP_BZIP2, zipfile.ZIP_DEFLATED])
 def test_a_damaged_zip_is_refused_by_name(pets, tmp_path, method):
     with zipfile.ZipFile(tmp_path / "photos.zip", "w", method) as file:

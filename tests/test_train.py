@@ -1224,6 +1224,20 @@ def test_processes_on_gpus_add_up_with_what_there_is(demo, monkeypatch, nccl, ba
         training(demo, "runs")
 
 
+def test_a_run_goes_on_without_the_weights_that_it_began_with(demo, tmp_path):
+    torch.manual_seed(0)
+    start = tmp_path / "start.pth"
+    torch.save(train.models.torchvision_models.get_model(SMALL).state_dict(), start)
+    these = dict(arch=SMALL, epochs=1)
+    training(demo, tmp_path, "--weights", start, "--looks", "32", **these)
+    state = (tmp_path / SMALL / "last.pt").read_bytes()
+    start.unlink()
+    training(demo, tmp_path, "--weights", start, "--looks", "32", **these)
+    assert (tmp_path / SMALL / "last.pt").read_bytes() == state
+    with pytest.raises(models.ModelError, match="start.pth does not exist"):
+        training(demo, tmp_path, "--weights", start, "--looks", "32", "--name", "other", **these)
+
+
 def test_help_shows_every_default(call):
     text = " ".join(call("--help").stdout.split())
     assert call("--help").returncode == 0
