@@ -1,12 +1,14 @@
-"""Draw the demo data set: ten ImageNette classes as small stylised photos, to try everything offline.
+"""Draw the demo data set: ten ImageNette classes as small stylised photos, to try all offline.
 
-    python tests/demo.py FOLDER                         60 photos per class to train on, 20 to validate
+    python tests/demo.py FOLDER                         60 photos per class to train, 20 to val
     python tests/demo.py FOLDER --train 6 --val 2       a handful
 
-FOLDER then looks like ImageNette-160 (train/<wnid>/*.JPEG, val/<wnid>/*.JPEG), with the true box of every
-object in localization.txt and the size of every photo in image_sizes.txt. A photo's random numbers come from
-(seed, split, class, index): same seed, same bytes, however many photos. 800 take 10 seconds on one CPU core.
+FOLDER then looks like ImageNette-160 (train/<wnid>/*.JPEG, val/<wnid>/*.JPEG), with the true box of
+every object in localization.txt and the size of every photo in image_sizes.txt. A photo's random
+numbers come from (seed, split, class, index): same seed, same bytes, however many photos. 800 take
+10 seconds on one CPU core.
 """
+
 import argparse
 import colorsys
 import json
@@ -18,19 +20,25 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import files
+
 SHORT = (128, 176)      # shortest side of a photo, pixels
 OBJECT = (0.42, 0.73)   # longest side of the object's box, in shortest sides of the photo
 TILT = 15               # an object is turned by up to this many degrees, either way
-CANVAS = 480            # an object is painted on a canvas this wide, pixels, then made smaller: smooth edges
-UNIT = CANVAS / 130     # pixels; an object is 100 units wide, and its corners need room when it is tilted
+CANVAS = 480            # an object is painted on a canvas this wide, pixels, then made smaller
+UNIT = CANVAS / 130     # pixels; an object is 100 units wide, and tilted, its corners need room
 GRAIN = 4               # standard deviation of the noise over the whole photo, grey levels of 255
 DARK, WHITE = (42, 42, 47), (248, 248, 244)
 
 
 def near(rng, hue, saturation, value):
     """A colour (red, green, blue), 0 to 255, close to this one: for what has a natural colour."""
-    h, s, v = hue + rng.normal(0, 0.02), saturation * rng.uniform(0.75, 1.2), value * rng.uniform(0.8, 1.15)
-    return tuple(round(255 * c) for c in colorsys.hsv_to_rgb(h % 1, min(s, 1), min(v, 1)))
+    h = (hue + rng.normal(0, 0.02)) % 1
+    s = min(saturation * rng.uniform(0.75, 1.2), 1)
+    v = min(value * rng.uniform(0.8, 1.15), 1)
+    return tuple(round(255 * c) for c in colorsys.hsv_to_rgb(h, s, v))
 
 
 def paint(rng):
@@ -50,9 +58,11 @@ def arc(x, y, rx, ry=None, start=0, stop=360):
 
 
 class Canvas:
-    """100 x 100 units on a transparent image, x right, y down, tilted, and mirrored half of the time.
+    """100 x 100 units on a transparent image, x right, y down, tilted, and mirrored half of the
+    time.
 
-    Each method paints any number of shapes in one colour; a shape is a row of numbers, x, y, x, y, ...
+    Each method paints any number of shapes in one colour; a shape is a row of numbers, x, y, x, y,
+    ...
     """
 
     def __init__(self, rng):
@@ -85,7 +95,8 @@ class Canvas:
         """Rectangles x0, y0, x1, y1 with rounded corners."""
         for x0, y0, x1, y1 in np.add(shapes, (radius, radius, -radius, -radius)):
             corners = [(x1, y1, 0), (x0, y1, 90), (x0, y0, 180), (x1, y0, 270)]
-            self.poly(colour, np.concatenate([arc(x, y, radius, radius, a, a + 90) for x, y, a in corners]))
+            rounded = [arc(x, y, radius, radius, a, a + 90) for x, y, a in corners]
+            self.poly(colour, np.concatenate(rounded))
 
     def line(self, colour, width, *shapes):
         """Lines with round ends and joints."""
@@ -96,7 +107,9 @@ class Canvas:
                 self.pen.ellipse((x - r, y - r, x + r, y + r), fill=colour)
 
 
-# The ten objects, each painted from back to front on a Canvas c.
+# ---------------------------------------------------------------- the objects
+# Each is painted from back to front on a Canvas c.
+
 
 def tench(c, rng):
     skin = near(rng, 0.14, 0.6, 0.55)
@@ -154,7 +167,8 @@ def chain_saw(c, rng):
     c.box(DARK, 8, (36, 49, 100, 65))
     c.box(steel, 5.5, (36, 51.5, 97.5, 62.5))
     c.line(shade(steel, -0.3), 2.5, (56, 57, 86, 57))
-    c.line(DARK, 5, (10, 46, 3, 52, 3, 70, 14, 74), (22, 46, 24, 26, 42, 24, 46, 50), (50, 27, 53, 46))
+    c.line(DARK, 5, (10, 46, 3, 52, 3, 70, 14, 74), (22, 46, 24, 26, 42, 24, 46, 50),
+           (50, 27, 53, 46))
     c.blob(body, (6, 40, 30, 34, 50, 42, 54, 56, 50, 76, 8, 78))
     c.blob(shade(body, -0.45), (8, 70, 52, 68, 50, 77, 8, 79))
     c.oval(shade(body, -0.5), (28, 57, 11))
@@ -181,12 +195,14 @@ def french_horn(c, rng):
     brass = near(rng, 0.12, 0.65, 0.85)
     valves = [(6.5, (x, 36, x, 54)) for x in (30, 40, 50)]
     for width, tube in [(5, (20, 20, 2, 8)), (7, arc(40, 44, 32)), (6, arc(40, 44, 20)), *valves]:
-        for part, k in ((1, -0.45), (0.7, 0), (0.2, 0.6)):              # dark edges, brass, and a highlight
+        for part, k in ((1, -0.45), (0.7, 0), (0.2, 0.6)):              # dark edges, brass, a light
             c.line(shade(brass, k), part * width, tube)
-    c.poly(shade(brass, -0.45), (36, 72.5, 56, 71.5, 72, 65, 86, 50, 86, 102, 72, 87, 56, 80.5, 36, 79.5))
+    c.poly(shade(brass, -0.45),
+           (36, 72.5, 56, 71.5, 72, 65, 86, 50, 86, 102, 72, 87, 56, 80.5, 36, 79.5))
     c.poly(brass, (36, 74.5, 56, 73.5, 72, 67, 86, 52, 86, 100, 72, 85, 56, 78.5, 36, 77.5))
     c.poly(shade(brass, 0.5), (36, 75, 58, 74.2, 74, 69, 83, 61, 74, 72, 58, 76))
-    for x, rx, ry, k in ((87, 11, 28, -0.5), (87, 9.5, 26, 0.3), (86, 6.5, 21, -0.3), (84.5, 3, 11, -0.75)):
+    for x, rx, ry, k in ((87, 11, 28, -0.5), (87, 9.5, 26, 0.3), (86, 6.5, 21, -0.3),
+                         (84.5, 3, 11, -0.75)):
         c.oval(shade(brass, k), (x, 76, rx, ry))
 
 
@@ -210,14 +226,16 @@ def garbage_truck(c, rng):
 
 def gas_pump(c, rng):
     body = paint(rng)
-    c.line(DARK, 4.5, np.concatenate([[(68, 62), (77, 64)], arc(84, 82, 7, 9, 180, 0), [(91, 50), (88, 30)]]))
+    c.line(DARK, 4.5, np.concatenate(
+        [[(68, 62), (77, 64)], arc(84, 82, 7, 9, 180, 0), [(91, 50), (88, 30)]]))
     c.blob(DARK, (70, 14, 82, 14, 95, 28, 95, 44, 83, 44, 82, 28))
     c.box(shade(body, -0.4), 2, (66, 13, 76, 24))
     c.box(shade(body, -0.2), 6, (16, 0, 70, 97))
     c.box(body, 6, (16, 0, 65, 97))
     c.box(WHITE, 3, (21, 8, 60, 40))
     c.box(DARK, 1, (24.5, 13, 56.5, 23), (24.5, 26, 56.5, 36))
-    c.box((120, 240, 150), 0, *((x, y, x + 3, y + 5) for x in (28, 35.5, 43, 50.5) for y in (15.5, 28.5)))
+    c.box((120, 240, 150), 0, *((x, y, x + 3, y + 5)
+                                for x in (28, 35.5, 43, 50.5) for y in (15.5, 28.5)))
     c.oval(WHITE, (40.5, 70, 13))
     c.poly(WHITE, (40.5, 48, 51.5, 64, 29.5, 64))
     c.box(DARK, 2, (10, 94, 76, 100))
@@ -229,10 +247,11 @@ def golf_ball(c, rng):
         c.poly(paint(rng), (34, 84, 66, 84, 55, 92, 50, 110, 45, 92))
     for k in range(12):
         c.oval(shade(white, 0.024 * k - 0.28), (50 - 0.6 * k, 45 - 0.8 * k, 45 - 2.5 * k))
-    for k in range(64):                                                 # dimples on a spiral over the sphere
+    for k in range(64):                                                 # dimples on a spiral
         z, a = 1 - (k + 0.5) / 70, start + 2.39996 * k
         out = np.array([np.cos(a), np.sin(a)])
-        dimple, centre = arc(0, 0, 4 * z, 4) @ [out, (-out[1], out[0])], 45 * np.sqrt(1 - z * z) * out
+        dimple = arc(0, 0, 4 * z, 4) @ [out, (-out[1], out[0])]
+        centre = 45 * np.sqrt(1 - z * z) * out
         c.poly(shade(white, -0.36), dimple + centre + (50, 45))
         c.poly(shade(white, -0.14), 0.85 * dimple + centre + (50.7, 45.7))
 
@@ -253,35 +272,45 @@ def parachute(c, rng):
 
 
 OBJECTS = {"n01440764": tench, "n02102040": english_springer, "n02979186": cassette_player,
-           "n03000684": chain_saw, "n03028079": church, "n03394916": french_horn, "n03417042": garbage_truck,
-           "n03425413": gas_pump, "n03445777": golf_ball, "n03888257": parachute}
+           "n03000684": chain_saw, "n03028079": church, "n03394916": french_horn,
+           "n03417042": garbage_truck, "n03425413": gas_pump, "n03445777": golf_ball,
+           "n03888257": parachute}
+
+
+# ---------------------------------------------------------------- photos of them
 
 
 def background(width, height, rng):
     """Sky and ground, blurred clutter in related colours, a few sharp plain shapes of no class."""
     hue = rng.random() + rng.normal(0, 0.12, 6)
     colours = [near(rng, h, rng.uniform(0.08, 0.42), rng.uniform(0.4, 0.95)) for h in hue]
-    ramp = np.linspace(colours[0], colours[1], 32)                      # from the top to the bottom, (32, 3)
+    ramp = np.linspace(colours[0], colours[1], 32)                      # top to bottom, (32, 3)
     if rng.random() < 0.6:
         ramp[rng.integers(10, 24):] = colours[2]                        # below the horizon
     image = Image.fromarray(ramp.astype(np.uint8)[:, None]).resize((width // 2, height // 2))
-    disc, triangle, square, bar = np.arange(0, 360, 10), (0, 120, 240), (0, 90, 180, 270), (0, 12, 180, 192)
-    for count, largest, strength in ((rng.integers(12, 22), 0.2, 0.6), (rng.integers(2, 6), 0.07, 0.85)):
+    disc, triangle = np.arange(0, 360, 10), (0, 120, 240)
+    square, bar = (0, 90, 180, 270), (0, 12, 180, 192)
+    for count, largest, strength in ((rng.integers(12, 22), 0.2, 0.6),
+                                     (rng.integers(2, 6), 0.07, 0.85)):
         empty, pen = image.copy(), ImageDraw.Draw(image)
         for kind, colour in rng.integers((4, 6), size=(count, 2)):
             t = np.radians(np.add((disc, triangle, square, bar)[kind], rng.uniform(0, 360)))
-            xy = image.width * rng.uniform(0.02, largest) * np.stack([np.cos(t), np.sin(t)], 1)
-            pen.polygon((xy + rng.uniform(0, image.size)).ravel().tolist(), fill=colours[colour])
+            radius = image.width * rng.uniform(0.02, largest)
+            corners = radius * np.stack([np.cos(t), np.sin(t)], 1) + rng.uniform(0, image.size)
+            pen.polygon(corners.ravel().tolist(), fill=colours[colour])
         image = Image.blend(empty, image, strength)
-        if image.width < width:                                         # blur, then go on at 4 x the size
-            image = image.filter(ImageFilter.BoxBlur(2)).resize((2 * width, 2 * height), Image.BICUBIC)
+        if image.width < width:                                         # blur, go on at 4 x
+            image = image.filter(ImageFilter.BoxBlur(2)).resize((2 * width, 2 * height),
+                                                                Image.BICUBIC)
     return image.reduce(2)
 
 
 def draw_photo(wnid, rng):
-    """One photo of class `wnid`, an RGB image, and the box (x0, y0, x1, y1) around its object, pixels.
+    """One photo of class `wnid`, an RGB image, and the box (x0, y0, x1, y1) around its object,
+    pixels.
 
-    As in ImageNet's own lists, (x0, y0) is the first pixel of the object and (x1, y1) the last: x1 < width.
+    As in ImageNet's own lists, (x0, y0) is the first pixel of the object and (x1, y1) the last:
+    x1 < width.
     """
     short = int(rng.integers(SHORT[0], SHORT[1] + 1))
     width, height = rng.permutation([short, int(short * rng.uniform(1, 4 / 3))]).tolist()
@@ -290,20 +319,26 @@ def draw_photo(wnid, rng):
     x0, y0, x1, y1 = canvas.image.getbbox()
     side = round(CANVAS * rng.uniform(*OBJECT) * short / max(x1 - x0, y1 - y0))
     sprite = canvas.image.resize((side, side), Image.LANCZOS)
-    mask = sprite.getchannel("A").point(lambda a: a if a > 31 else 0)   # without the faint halo of LANCZOS
+    mask = sprite.getchannel("A").point(lambda a: a if a > 31 else 0)   # without LANCZOS's halo
     sprite, mask = sprite.crop(mask.getbbox()), mask.crop(mask.getbbox())
     w, h = mask.size
-    x, y = np.rint(rng.beta(0.5, 0.5, 2) * (width - w, height - h)).astype(int).tolist()  # edges more often
+    room = (width - w, height - h)
+    x, y = np.rint(rng.beta(0.5, 0.5, 2) * room).astype(int).tolist()   # edges more often
     photo.paste(sprite, (x, y), mask)
     grain = GRAIN * rng.standard_normal((height, width, 1), np.float32)
     photo = Image.fromarray((np.asarray(photo) + grain).clip(0, 255).astype(np.uint8))
     return photo, (x, y, x + w - 1, y + h - 1)
 
 
-def draw(folder, train=60, val=20, seed=0):
-    """Draw `train` and `val` photos per class into a new `folder`, all of it or nothing; `seed` is 0 or more.
+# ---------------------------------------------------------------- the folder
 
-    A folder that holds exactly these photos is left as it is; any other that exists is a FileExistsError.
+
+def draw(folder, train=60, val=20, seed=0):
+    """Draw `train` and `val` photos per class into a new `folder`, all of it or nothing; `seed` is
+    0 or more.
+
+    A folder that holds exactly these photos is left as it is; any other that exists is a
+    FileExistsError.
     """
     folder, recipe = Path(folder), json.dumps({"train": train, "val": val, "seed": seed})
     if min(train, val, seed) < 0:
@@ -311,7 +346,8 @@ def draw(folder, train=60, val=20, seed=0):
     if folder.exists():
         record = folder / "demo.json"
         if not record.is_file() or record.read_text() != recipe:
-            raise FileExistsError(f"{folder} exists and holds something else: delete it or name another")
+            raise FileExistsError(f"{folder} exists and holds something else: delete it or name "
+                                  "another")
         print(f"{folder} holds these photos already")
         return
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -324,7 +360,7 @@ def draw(folder, train=60, val=20, seed=0):
                     photo, box = draw_photo(wnid, np.random.default_rng([seed, s, c, i]))
                     name = f"{wnid}_{split[0]}{i:04d}.JPEG"
                     photo.save(new / split / wnid / name, quality=88)
-                    boxes.append(f"val/{name},{','.join(map(str, box))}\n")  # "val/" for both splits
+                    boxes.append(f"val/{name},{','.join(map(str, box))}\n")  # "val/" for both
                     sizes.append(f"val/{name},{photo.width},{photo.height}\n")
         (new / "localization.txt").write_text("".join(boxes), newline="\n")
         (new / "image_sizes.txt").write_text("".join(sizes), newline="\n")
@@ -334,17 +370,17 @@ def draw(folder, train=60, val=20, seed=0):
 
 
 def main():
-    parser = argparse.ArgumentParser(description="Draw the demo data set: small stylised photos.",
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("folder", help="where to write it: a folder that is not there yet")
-    parser.add_argument("--train", type=int, default=60, help="training photos per class")
-    parser.add_argument("--val", type=int, default=20, help="validation photos per class")
-    parser.add_argument("--seed", type=int, default=0, help="of all random numbers")
-    try:
-        draw(**vars(parser.parse_args()))
-    except (OSError, ValueError) as error:
-        sys.stderr.write(f"demo.py: {error}\n")
-        sys.exit(2)
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        description="Draw the demo data set: small stylised photos.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    add = parser.add_argument
+    add("folder", type=files.path, help="where to write it: a folder that is not there yet")
+    add("--train", type=int, default=60, help="training photos per class")
+    add("--val", type=int, default=20, help="validation photos per class")
+    add("--seed", type=int, default=0, help="of all random numbers")
+    options = parser.parse_args()
+    files.run_command(draw, options.folder, options.train, options.val, options.seed)
 
 
 if __name__ == "__main__":

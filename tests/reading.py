@@ -16,7 +16,7 @@ def per_cent(line):
 
 
 def verdict(difference):
-    """What a difference to the middle of the photo is worth; difference: its line, with the ends of its interval."""
+    """What a difference to the middle of the photo, a line of the table, is worth."""
     if difference["low"] and float(difference["low"]) > 0:
         return "clearly more"
     if difference["high"] and float(difference["high"]) < 0:
@@ -34,8 +34,10 @@ def reading(table):
 
     def to_middle(score):
         shown = [f"{network} {per_cent(table[score, network, OWN])} "
-                 f"({verdict(table[score, network, f'{OWN} minus {SQUARE}'])})" for network in networks]
-        return f"{', '.join(shown)}; middle of the photo {per_cent(table[score, networks[0], SQUARE])}"
+                 f"({verdict(table[score, network, f'{OWN} minus {SQUARE}'])})"
+                 for network in networks]
+        middle = per_cent(table[score, networks[0], SQUARE])
+        return f"{', '.join(shown)}; middle of the photo {middle}"
 
     accuracies = [f"{network} {per_cent(table['accuracy', network, OWN])}" for network in networks]
     photos = table["accuracy", networks[0], OWN]["n"]
@@ -46,8 +48,10 @@ def reading(table):
 
 def main(scores, picture):
     with open(scores, newline="", encoding="utf-8") as file:
-        table = {(line["score"], line["network"], line["map"]): line for line in csv.DictReader(file)}
-    print(f"\n{picture} shows where both networks looked. Of all scores, in {Path(scores).with_suffix('.md')}:")
+        table = {(line["score"], line["network"], line["map"]): line
+                 for line in csv.DictReader(file)}
+    print(f"\n{picture} shows where both networks looked. Of all scores, in "
+          f"{Path(scores).with_suffix('.md')}:")
     for sentence in reading(table):
         print(f"  {sentence}")
     print("Next: make figure, the same with ImageNette; README.md tells the rest.")

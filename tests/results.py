@@ -2,14 +2,15 @@
 
     python tests/results.py --runs runs --figures figures
 
-Copies what was left by trainings (runs/*/result.json, log.csv), by score.py (figures/*.json, with the .csv beside it)
-and by tests/bench.py (bench.json, bench-accuracy.json) into results/, a folder for each, named after it and its commit;
-then writes RESULTS.md from all that results/ holds. So measurements of days and of several machines gather in the
-repository, and every number has its file. What stands between <!-- prose NAME --> and <!-- /prose --> in RESULTS.md is
-kept as it is.
+Copies what was left by trainings (runs/*/result.json, log.csv), by score.py (figures/*.json, with
+the .csv beside it) and by tests/bench.py (bench.json, bench-accuracy.json) into results/, a folder
+for each, named after it and its commit; then writes RESULTS.md from all that results/ holds. So
+measurements of days and of several machines gather in the repository, and every number has its
+file. What stands between <!-- prose NAME --> and <!-- /prose --> in RESULTS.md is kept as it is.
 """
 
 import argparse
+import contextlib
 import csv
 import json
 import re
@@ -19,32 +20,39 @@ import sys
 import textwrap
 from pathlib import Path
 
-HERE = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(HERE), str(HERE / "tests")]
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import bench  # noqa: E402
+import bench
 
-import data  # noqa: E402
-import models  # noqa: E402
-import score  # noqa: E402
-import train  # noqa: E402
+import files
+import folders
+import metrics
+import tables
+import train
 
 NOT_MEASURED = "not measured"
 REPORT, HEAD_REPORT = "72 % (report)", "96-97 % (report)"
-LEADERBOARD = {5: "87.43 % (leaderboard)", 20: "91.57 % (leaderboard)"}  # ImageNette's, 128 px, by epochs
-# Rows of the table of accuracy: (name, to beat, what its recipe must say; all else as train.DEFAULTS has it).
+LEADERBOARD = {5: "87.43 % (leaderboard)", 20: "91.57 % (leaderboard)"}  # 128 px, by epochs
+# Rows of the table of accuracy: (name, to beat, what its recipe must say; all else as
+# train.DEFAULTS has it).
 PROTOCOLS = (
     ("CNN, 64 → 96 px, 100 epochs", REPORT, dict(arch="cnn", epochs=100, size=96)),
     ("CNN, 64 → 88 px, 20 epochs", REPORT, dict(arch="cnn", epochs=20, size=88)),
     ("CNN, 64 → 72 px, 2 epochs", REPORT, dict(arch="cnn", epochs=2, size=72)),
     ("CNN, 64 → 96 px, 20 epochs", REPORT, dict(arch="cnn", epochs=20, size=96)),
     ("CNN, 64 → 96 px, 2 epochs", REPORT, dict(arch="cnn", epochs=2, size=96)),
-    ("CNN, 128 → 128 px, 5 epochs", LEADERBOARD[5], dict(arch="cnn", epochs=5, crop=128, size=128)),
-    ("CNN, 96 → 128 px, 20 epochs", LEADERBOARD[20], dict(arch="cnn", epochs=20, crop=96, size=128)),
-    ("CNN, 128 → 128 px, 20 epochs", LEADERBOARD[20], dict(arch="cnn", epochs=20, crop=128, size=128)),
-    ("CNN, plain 64 px crops → 160 px, 40 epochs", REPORT, dict(arch="cnn", plain_crop=True, epochs=40, size=160)),
-    ("MobileNetV2, one look", HEAD_REPORT, dict(arch="mobilenet_v2", training="head", looks=[224])),
-    ("MobileNetV2, two looks", HEAD_REPORT, dict(arch="mobilenet_v2", training="head", looks=[224, 320])),
+    ("CNN, 128 → 128 px, 5 epochs", LEADERBOARD[5],
+     dict(arch="cnn", epochs=5, crop=128, size=128)),
+    ("CNN, 96 → 128 px, 20 epochs", LEADERBOARD[20],
+     dict(arch="cnn", epochs=20, crop=96, size=128)),
+    ("CNN, 128 → 128 px, 20 epochs", LEADERBOARD[20],
+     dict(arch="cnn", epochs=20, crop=128, size=128)),
+    ("CNN, plain 64 px crops → 160 px, 40 epochs", REPORT,
+     dict(arch="cnn", plain_crop=True, epochs=40, size=160)),
+    ("MobileNetV2, one look", HEAD_REPORT,
+     dict(arch="mobilenet_v2", training="head", looks=[224])),
+    ("MobileNetV2, two looks", HEAD_REPORT,
+     dict(arch="mobilenet_v2", training="head", looks=[224, 320])),
 )
 CONTROLS = ("average drop", "increase in confidence", "deletion", "insertion", "pointing game",
             "MaxBoxAccV2, cross-fitted")
@@ -52,7 +60,8 @@ CONTROLS = ("average drop", "increase in confidence", "deletion", "insertion", "
 TEMPLATE = """\
 # Results
 
-Tables with sources are written by `make results` from the files in `results/`; what has none is typed by hand.
+Tables with sources are written by `make results` from the files in `results/`; what has none is \
+typed by hand.
 
 <!-- prose introduction -->
 <!-- /prose -->
@@ -100,61 +109,83 @@ Tables with sources are written by `make results` from the files in `results/`; 
 
 
 def without_folders(text):
-    """A word or a whole command without folders of this machine: of paths that are absolute or start with .., the name
-    alone is kept."""
+    """A word or a whole command without folders of this machine: of paths that are absolute or
+    start with .., the name alone is kept."""
     def shorten(word):
         option, equals, path = word.rpartition("=")
-        return option + equals + (Path(path).name if Path(path).is_absolute() or path.startswith("..") else path)
+        away = Path(path).is_absolute() or path.startswith("..")
+        return option + equals + (Path(path).name if away else path)
 
     return shlex.join(shorten(word) for word in shlex.split(text))
 
 
 def read_json(path):
-    """The dictionary in a file; a data.DataError that names the file where there is none."""
+    """The dictionary in a file; a ValueError that names the file where there is none."""
     try:
         contents = json.loads(path.read_text())
     except ValueError as error:
-        raise data.DataError(f"{path} is damaged ({error}): remove it, or measure again") from error
+        raise ValueError(f"{path} is damaged ({error}): remove it, or measure again") from error
     return contents if isinstance(contents, dict) else {}
 
 
+@contextlib.contextmanager
+def measurement(path):
+    """A block that uses what `path` holds: where that is no measurement, a ValueError names it."""
+    try:
+        yield
+    except KeyError as error:
+        raise ValueError(f"{path} has no {error}: measure again") from error
+    except (ValueError, TypeError, AttributeError, IndexError) as error:
+        raise ValueError(f"{path} holds something else than a measurement ({error}): remove it, or "
+                         "measure again") from error
+
+
 def same_measurement(a, b):
-    """Whether two files are of one command on one machine and commit: the later one then replaces the earlier."""
+    """Whether two files are of one command on one machine and commit: the later one then replaces
+    the earlier."""
     return all(a.get(key) == b.get(key) for key in ("command", "machine", "precision", "recipe"))
 
 
 def gather_one(facts, main, beside, name, results):
-    """Copy a measurement into a folder of its own in `results`, named after `name` and its commit, and numbered where
-    another measurement has that name. facts: what main, a .json file, holds; beside: a .csv file, or None."""
-    facts = facts | dict(command=without_folders(facts["command"]), name=name)
-    if facts.get("recipe", {}).get("weights"):
-        facts["recipe"] = facts["recipe"] | dict(weights=without_folders(facts["recipe"]["weights"]))
-    base, number = f"{name}-{facts['machine']['commit'] or 'no-commit'}", 1
+    """Copy a measurement into a folder of its own in `results`, named after `name` and its commit,
+    and numbered where another measurement has that name. facts: what main, a .json file, holds;
+    beside: a .csv file, or None."""
+    with measurement(main):
+        facts = facts | dict(command=without_folders(facts["command"]), name=name)
+        if facts.get("recipe", {}).get("weights"):
+            weights = without_folders(facts["recipe"]["weights"])
+            facts["recipe"] = facts["recipe"] | dict(weights=weights)
+        _, show = kind_of(main)
+        show([facts | dict(file=str(main), csv=beside)])  # what cannot be shown is not copied
+        base, number = f"{name}-{facts['machine']['commit'] or 'no-commit'}", 1
     folder = results / base
-    while (folder / main.name).exists() and not same_measurement(read_json(folder / main.name), facts):
+    while ((folder / main.name).exists()
+           and not same_measurement(read_json(folder / main.name), facts)):
         number += 1
         folder = results / f"{base}-{number}"
     folder.mkdir(parents=True, exist_ok=True)
-    texts = {main.name: json.dumps(facts, indent=1) + "\n"}
+    files.write(folder / main.name, (json.dumps(facts, indent=1) + "\n").encode())
     if beside:
-        texts[beside.name] = beside.read_text()  # its line ends become plain ones
-    for file, text in texts.items():
-        with models.atomic(folder / file) as out:
-            out.write(text.encode())
+        files.write(folder / beside.name, beside.read_text().encode())  # its line ends become plain
 
 
 def gather(runs, figures, results):
-    """Copy all finished measurements on ImageNette from the folders `runs` and `figures` into the folder `results`.
-    Returns sentences on what was left out."""
-    left_out = []
+    """Copy all finished measurements on ImageNette from the folders `runs` and `figures` into the
+    folder `results`. Returns sentences on what was left out."""
+    left_out, counts = [], folders.COUNTS
     for path in sorted(runs.glob("*/result.json")):
         facts = read_json(path)
         if path.parent.name.endswith("-dry-run"):
             continue
-        if "recipe" not in facts or "machine" not in facts:
-            left_out.append(f"{path} was left out: it does not say its recipe and machine, being older than this")
-        elif sum(facts["recipe"].get("photos", ())) not in (sum(data.COUNTS.values()), data.COUNTS["train"]):
-            left_out.append(f"{path} was left out: it is not of ImageNette's {data.COUNTS['train']:,} photos")
+        if not {"recipe", "machine"} <= facts.keys():
+            left_out.append(f"{path} was left out: it does not say its recipe and machine, being "
+                            "older than this")
+            continue
+        with measurement(path):
+            photos = sum(facts["recipe"].get("photos", ()))
+        if photos not in (sum(counts.values()), counts["train"]):  # the latter with --holdout
+            left_out.append(f"{path} was left out: it is not of ImageNette's {counts['train']:,} "
+                            "photos")
         else:
             gather_one(facts, path, path.with_name("log.csv"), path.parent.name, results)
     for path in sorted(figures.glob("*.json")):
@@ -162,8 +193,11 @@ def gather(runs, figures, results):
         if path.name in ("bench.json", "bench-accuracy.json"):
             gather_one(facts, path, None, path.stem, results)
         elif facts.get("networks"):
-            if {network["accuracy_n"] for network in facts["networks"].values()} != {data.COUNTS["val"]}:
-                left_out.append(f"{path} was left out: it is not of ImageNette's {data.COUNTS['val']:,} val photos")
+            with measurement(path):
+                photos = {network["accuracy_n"] for network in facts["networks"].values()}
+            if photos != {counts["val"]}:
+                left_out.append(f"{path} was left out: it is not of ImageNette's "
+                                f"{counts['val']:,} val photos")
             else:
                 gather_one(facts, path, path.with_suffix(".csv"), path.stem, results)
     return left_out
@@ -173,15 +207,18 @@ def gather(runs, figures, results):
 
 
 def table(rows):
-    """Rows, lists of as many strings, the first the header, as a table in Markdown, no wider than it must be."""
+    """Rows, lists of as many strings, the first the header, as a table in Markdown, no wider than
+    it must be."""
     lines = ["| " + " | ".join(row) + " |" for row in rows]
     return "\n".join([lines[0], "|" + " --- |" * len(rows[0]), *lines[1:]])
 
 
 def sources(texts):
-    """A numbered list, whose numbers the rows above it name; an empty string where there is none."""
-    lines = [textwrap.fill(f"{number}. {text}", 120, subsequent_indent="   ", break_long_words=False,
-                           break_on_hyphens=False) for number, text in enumerate(texts, 1)]
+    """A numbered list, whose numbers the rows above it name; an empty string where there is
+    none."""
+    lines = [textwrap.fill(f"{number}. {text}", 120, subsequent_indent="   ",
+                           break_long_words=False, break_on_hyphens=False)
+             for number, text in enumerate(texts, 1)]
     return "\n".join(["Sources:", "", *lines]) if lines else ""
 
 
@@ -194,23 +231,29 @@ def duration(seconds):
 
 
 def per_cent(shares):
-    """The mean of shares in per cent, and, where there are several, the standard deviation of the sample."""
+    """The mean of shares in per cent, and, where there are several, the standard deviation of the
+    sample."""
     mean = 100 * statistics.mean(shares)
-    return f"{mean:.2f} ± {100 * statistics.stdev(shares):.2f} %" if len(shares) > 1 else f"{mean:.2f} %"
+    if len(shares) == 1:
+        return f"{mean:.2f} %"
+    return f"{mean:.2f} ± {100 * statistics.stdev(shares):.2f} %"
 
 
 def describe_machine(facts):
     """Commit, machine and versions of a measurement in one line."""
     machine = facts["machine"]
     where = [machine["processor"], machine["instructions"], f"{machine['cores']} cores"]
-    where += [f"{machine['memory']} GiB"] if machine["memory"] else []
-    where += [facts["device"]] if facts.get("device", "cpu") != "cpu" else []
-    where += [facts["precision"]]
+    if machine["memory"]:
+        where.append(f"{machine['memory']} GiB")
+    if facts.get("device", "cpu") != "cpu":
+        where.append(facts["device"])
+    where.append(facts["precision"])
     if "threads" in facts:
-        where.append(f"{facts['processes']} x {facts['threads']} threads" if facts["processes"] > 1
-                     else f"{facts['threads']} thread{'s' * (facts['threads'] > 1)}")
-    versions = f"Python {machine['python']}, torch {machine['torch']}, torchvision {machine['torchvision']}"
-    return f"commit {machine['commit'] or 'unknown'}; {', '.join(where)}; {versions}"
+        plural = "s" if facts["threads"] > 1 else ""
+        where.append(f"{facts['processes']} x {facts['threads']} threads"
+                     if facts["processes"] > 1 else f"{facts['threads']} thread{plural}")
+    return (f"commit {machine['commit'] or 'unknown'}; {', '.join(where)}; Python "
+            f"{machine['python']}, torch {machine['torch']}, torchvision {machine['torchvision']}")
 
 
 def source(facts):
@@ -222,33 +265,35 @@ def source(facts):
 
 
 def protocol(facts):
-    """The place in PROTOCOLS that a training belongs to, or its length where it is none. facts: of its result.json."""
+    """The place in PROTOCOLS that a training belongs to, or its length where it is none. facts: of
+    its result.json."""
     recipe = facts["recipe"]
-    for place, (_, _, wanted) in enumerate(PROTOCOLS):
-        wanted = dict(train.DEFAULTS[wanted.get("training", "scratch")], plain_crop=False, holdout=0.0,
-                      photos=list(data.COUNTS.values())) | wanted
-        if all(recipe.get(key) == value for key, value in wanted.items()):
+    for place, (_, _, says) in enumerate(PROTOCOLS):
+        usual = dict(train.DEFAULTS[says.get("training", "scratch")], plain_crop=False, holdout=0.0,
+                     photos=list(folders.COUNTS.values()))
+        if all(recipe.get(key) == value for key, value in (usual | says).items()):
             return place
     return len(PROTOCOLS)
 
 
 def group_trainings(trainings):
-    """[(place in PROTOCOLS, or its length, trainings that differ in their seed alone)], by place. Where a seed is there
-    twice, of several commits, each commit is a group."""
-    groups = {}
+    """[(place in PROTOCOLS, or its length, trainings that differ in their seed alone)], by place.
+    Where a seed is there twice, of several commits, each commit is a group."""
+    kinds = {}
     for facts in trainings:
         recipe = {key: value for key, value in facts["recipe"].items() if key != "seed"}
-        kind = json.dumps([recipe, facts["precision"], facts["machine"]["processor"]], sort_keys=True)
-        groups.setdefault(kind, []).append(facts)
-    found = []
-    for group in groups.values():
-        seeds = {facts["recipe"]["seed"] for facts in group}
-        parts = {}
-        for facts in sorted(group, key=lambda facts: facts["recipe"]["seed"]):
-            commit = facts["machine"]["commit"] if len(seeds) < len(group) else "any"
-            parts.setdefault(commit, []).append(facts)
-        found += [(protocol(part[0]), part) for part in parts.values()]
-    return sorted(found, key=lambda entry: entry[0])
+        kind = json.dumps([recipe, facts["precision"], facts["machine"]["processor"]],
+                          sort_keys=True)
+        kinds.setdefault(kind, []).append(facts)
+    groups = []
+    for of_kind in kinds.values():
+        seeds = {facts["recipe"]["seed"] for facts in of_kind}
+        commits = {}
+        for facts in sorted(of_kind, key=lambda facts: facts["recipe"]["seed"]):
+            commit = facts["machine"]["commit"] if len(seeds) < len(of_kind) else "any"
+            commits.setdefault(commit, []).append(facts)
+        groups += [(protocol(group[0]), group) for group in commits.values()]
+    return sorted(groups, key=lambda entry: entry[0])
 
 
 def training_source(group):
@@ -256,46 +301,55 @@ def training_source(group):
     first = group[0]
     best = f"best {per_cent([facts['best_accuracy'] for facts in group])}"
     best += f" after epoch {first['best_epoch']}" if len(group) == 1 else ""
-    seeds = f"seed{'s' * (len(group) > 1)} {', '.join(str(facts['recipe']['seed']) for facts in group)}"
+    seeds = ", ".join(str(facts["recipe"]["seed"]) for facts in group)
     machines = list(dict.fromkeys(describe_machine(facts) for facts in group))
-    files = ", ".join(f"`{facts['file']}`" for facts in group)
-    return (f"`{first['command']}`; {seeds}; {first['recipe']['epochs']} epochs; {first['accuracy_n']:,} photos of "
-            f"{first['accuracy_on']}; {best}; {'; '.join(machines)}; {files}")
+    places = ", ".join(f"`{facts['file']}`" for facts in group)
+    return (f"`{first['command']}`; seed{'s' * (len(group) > 1)} {seeds}; "
+            f"{first['recipe']['epochs']} epochs; {first['accuracy_n']:,} photos of "
+            f"{first['accuracy_on']}; {best}; {'; '.join(machines)}; {places}")
+
+
+def training_row(group, number, name, to_beat):
+    """A row of the table of accuracy. group: the trainings of several seeds; number: of its source;
+    name: of its protocol, or None."""
+    recipe = group[0]["recipe"]
+    seeds = f", {len(group)} seeds" if len(group) > 1 else ""
+    earlier = recipe["training"] == "scratch" and recipe["version"] < train.Recipe.version
+    label = (name or f"`{group[0]['name']}`") + seeds + ", an earlier recipe" * earlier
+    time = duration(statistics.mean(facts["seconds"] for facts in group))
+    time += " on features" * (recipe["training"] == "head")  # the pass that stores them is not in
+    last = per_cent([facts["last_accuracy"] for facts in group])
+    return [label, to_beat, last, time, str(number)]
 
 
 def passing_row(groups):
-    """The row on how soon the report's accuracy is passed: of the training that needs the fewest epochs.
-    groups: of the first three PROTOCOLS, {number of the source: trainings}."""
+    """The row on how soon the report's accuracy is passed: of the training that needs the fewest
+    epochs. groups: of the first three PROTOCOLS, {number of the source: trainings}."""
     name, to_beat = "CNN, 64 px, to pass 72 %", "100 epochs (report)"
     passed = [(statistics.mean(facts["epochs_to_72"] for facts in group),
                statistics.mean(facts["seconds_to_72"] for facts in group), number)
               for number, group in groups.items() if all(facts["epochs_to_72"] for facts in group)]
     if not passed:
-        return [name, to_beat, "not passed" if groups else NOT_MEASURED, "", ", ".join(map(str, groups))]
+        found = "not passed" if groups else NOT_MEASURED
+        return [name, to_beat, found, "", ", ".join(map(str, groups))]
     epochs, seconds, number = min(passed)
     return [name, to_beat, f"{epochs:g} epochs", duration(seconds), str(number)]
 
 
 def accuracy(trainings):
     """The table of accuracy and its sources. trainings: the contents of all result.json."""
-    groups = group_trainings(trainings)
+    groups = dict(enumerate(group_trainings(trainings), 1))  # {number of source: (place, group)}
     rows = [["protocol", "to beat", "last epoch", "time", "source"]]
-    for place in range(len(PROTOCOLS) + 1):
-        of_place = {number: group for number, (at, group) in enumerate(groups, 1) if at == place}
-        name, to_beat = PROTOCOLS[place][:2] if place < len(PROTOCOLS) else (None, "")  # a run that is none of these
-        for number, group in of_place.items():
-            seeds = f", {len(group)} seeds" if len(group) > 1 else ""
-            recipe = group[0]["recipe"]
-            earlier = recipe["training"] == "scratch" and recipe["version"] < train.Recipe.version
-            label = (name or f"`{group[0]['name']}`") + seeds + ", an earlier recipe" * earlier
-            time = duration(statistics.mean(facts["seconds"] for facts in group))
-            time += " on features" * (recipe["training"] == "head")  # the pass that stores them is not in it
-            rows.append([label, to_beat, per_cent([facts["last_accuracy"] for facts in group]), time, str(number)])
-        if name and not of_place:
-            rows.append([name, to_beat, NOT_MEASURED, "", ""])
+    for place, (name, to_beat, _) in enumerate([*PROTOCOLS, (None, "", None)]):  # or none of these
+        found = [training_row(group, number, name, to_beat)
+                 for number, (at, group) in groups.items() if at == place]
+        if name and not found:
+            found = [[name, to_beat, NOT_MEASURED, "", ""]]
+        rows += found
         if place == 2:
-            rows.append(passing_row({number: group for number, (at, group) in enumerate(groups, 1) if at <= place}))
-    texts = [training_source(group) for _, group in groups]
+            rows.append(passing_row({number: group for number, (at, group) in groups.items()
+                                     if at <= place}))
+    texts = [training_source(group) for _, group in groups.values()]
     return "\n\n".join(filter(None, [table(rows), sources(texts)]))
 
 
@@ -304,32 +358,39 @@ def accuracy(trainings):
 
 def speed(benches):
     """A table for each bench.json."""
-    header = [list(bench.HEADER)]
+    header = list(bench.HEADER)
     if not benches:
-        return table(header + [[f"an epoch of the CNN, {bench.CROP} px", NOT_MEASURED, NOT_MEASURED, ""],
-                               ["maps of val", NOT_MEASURED, NOT_MEASURED, ""]])
-    return "\n\n".join(f"{table(header + [list(bench.cells(**row)) for row in facts['rows']])}\n\n"
-                       f"{sources([source(facts)])}" for facts in benches)
+        return table([header,
+                      [f"an epoch of the CNN, {bench.CROP} px", NOT_MEASURED, NOT_MEASURED, ""],
+                      ["maps of val", NOT_MEASURED, NOT_MEASURED, ""]])
+    parts = []
+    for facts in benches:
+        rows = [list(bench.cells(**row)) for row in facts["rows"]]
+        parts += [table([header, *rows]), sources([source(facts)])]
+    return "\n\n".join(parts)
 
 
 def time_to_accuracy(benches):
     """A table for each bench-accuracy.json."""
     if not benches:
-        return table([["until 85 % of val", "time"], ["this project", NOT_MEASURED], ["the usual way", NOT_MEASURED]])
+        return table([["until 85 % of val", "time"], ["this project", NOT_MEASURED],
+                      ["the usual way", NOT_MEASURED]])
     parts = []
     for facts in benches:
         ours = facts["rows"][0]["seconds"]
-        rows = [[f"until {100 * facts['accuracy']:g} % of val", "time", "epochs", "times this project's"]]
+        rows = [[f"until {100 * facts['accuracy']:g} % of val", "time", "epochs",
+                 "times this project's"]]
         for row in facts["rows"]:
             if row["seconds"] is None:
+                reached = f"{row['best']:.1%} after {duration(row['all_seconds'])}"
                 times = f"more than {row['all_seconds'] / ours:.1f}" if ours else ""
-                rows.append([row["way"], f"{row['best']:.1%} after {duration(row['all_seconds'])}",
-                             f"{row['of_epochs']}", times])
+                rows.append([row["way"], reached, f"{row['of_epochs']}", times])
             else:
                 times = f"{row['seconds'] / ours:.1f}" if ours else ""
-                rows.append([row["way"], duration(row["seconds"]), f"{row['epochs']} of {row['of_epochs']}", times])
-        texts = [source(facts), *(f"{row['way']}: {row['settings']}" for row in facts["rows"])]
-        parts.append(table(rows) + "\n\n" + sources(texts))
+                rows.append([row["way"], duration(row["seconds"]),
+                             f"{row['epochs']} of {row['of_epochs']}", times])
+        settings = [f"{row['way']}: {row['settings']}" for row in facts["rows"]]
+        parts += [table(rows), sources([source(facts), *settings])]
     return "\n\n".join(parts)
 
 
@@ -338,44 +399,50 @@ def time_to_accuracy(benches):
 
 def read_scores(path):
     """{(score, network, map): Estimate} from a .csv of score.py."""
+    results = {}
     with open(path, newline="") as file:
-        return {(line["score"], line["network"], line["map"]): score.Estimate(
-            float(line["value"]), *(float(line[end]) if line[end] else None for end in ("low", "high")), int(line["n"]))
-            for line in csv.DictReader(file)}
+        for line in csv.DictReader(file):
+            low, high = (float(line[end]) if line[end] else None for end in ("low", "high"))
+            results[line["score"], line["network"], line["map"]] = metrics.Estimate(
+                float(line["value"]), low, high, int(line["n"]))
+    return results
 
 
 def controls(results, networks):
-    """The table of scores against maps that saw nothing: of networks with random weights, and the centred square."""
-    kinds = (score.OWN, score.RANDOM, score.SQUARE)
+    """The table of scores against maps that saw nothing: of networks with random weights, and the
+    centred square."""
+    kinds = (tables.OWN, tables.RANDOM, tables.SQUARE)
     rows = [["%, [95 % interval]", "network", *kinds]]
     for name in CONTROLS:
         rows += [[name, network, *(str(results.get((name, network, kind), "")) for kind in kinds)]
-                 for network in networks if (name, network, score.OWN) in results]
+                 for network in networks if (name, network, tables.OWN) in results]
     return table(rows) if len(rows) > 1 else ""
 
 
 def scores(all_scores):
     """Tables for each run of score.py, those of its summary."""
     if not all_scores:
-        return table([["%, [95 % interval]", "n", "network", score.SQUARE],
-                      *([name, "", NOT_MEASURED, NOT_MEASURED] for name in score.SUMMARY)])
+        return table([["%, [95 % interval]", "n", "network", tables.SQUARE],
+                      *([name, "", NOT_MEASURED, NOT_MEASURED] for name in tables.SUMMARY)])
     parts = []
     for facts in all_scores:
         results, networks = read_scores(facts["csv"]), list(facts["networks"])
-        heading = "; ".join(f"{name} at {', '.join(map(str, network['looks']))} px"
-                            for name, network in facts["networks"].items())
-        parts.append(f"### {heading}")
-        for i in range(0, len(networks), score.BESIDE):
-            parts.append(table(score.summary_rows(results, networks[i : i + score.BESIDE], networks[0])))
+        looks = [f"{name} at {', '.join(map(str, network['looks']))} px"
+                 for name, network in facts["networks"].items()]
+        parts.append(f"### {'; '.join(looks)}")
+        for i in range(0, len(networks), tables.BESIDE):
+            beside = networks[i : i + tables.BESIDE]
+            parts.append(table(tables.summary_rows(results, beside, networks[0])))
         parts.append(controls(results, networks))
         texts = [f"{source(facts)}; all scores are in the .csv beside it"]
         for name, network in facts["networks"].items():
-            texts.append(f"{name}: {network['path']}, {network['description']}, seed {network['seed']}, "
-                         f"epoch {network['best_epoch']} of {network['epochs']}; "
-                         f"scored in {duration(facts['seconds'][name])}")
+            texts.append(f"{name}: {network['path']}, {network['description']}, seed "
+                         f"{network['seed']}, epoch {network['best_epoch']} of "
+                         f"{network['epochs']}; scored in {duration(facts['seconds'][name])}")
         parts.append(sources(texts))
-    short = [part.replace("MaxBoxAccV2, cross-fitted", "MaxBoxAccV2") for part in parts if part]  # 100 characters wide
-    return "\n\n".join(short)
+    # A table is 100 characters wide.
+    return "\n\n".join(part.replace("MaxBoxAccV2, cross-fitted", "MaxBoxAccV2")
+                       for part in parts if part)
 
 
 # ---------------------------------------------------------------- RESULTS.md
@@ -383,59 +450,66 @@ def scores(all_scores):
 BLOCK = re.compile(r"<!-- prose (?P<name>[^>]+?) -->\n(?P<text>.*?)<!-- /prose -->", re.DOTALL)
 
 
+def kind_of(path):
+    """What a .json file of results/ is, and the function that shows a list of its kind."""
+    kinds = {"result.json": ("trainings", accuracy), "bench.json": ("benches", speed),
+             "bench-accuracy.json": ("accuracies", time_to_accuracy)}
+    return kinds.get(path.name, ("scores", scores))
+
+
 def read_results(folder):
-    """All that the folder `results` holds, {"trainings", "benches", "accuracies", "scores": list of dictionaries}."""
+    """All that the folder `results` holds, {"trainings", "benches", "accuracies", "scores": list of
+    dictionaries}."""
     found = dict(trainings=[], benches=[], accuracies=[], scores=[])
     for path in sorted(folder.glob("*/*.json")):
-        kind = {"result.json": "trainings", "bench.json": "benches", "bench-accuracy.json": "accuracies"}
-        facts = read_json(path)
-        found[kind.get(path.name, "scores")].append(facts | dict(
-            file=f"{folder.name}/{path.parent.name}/{path.name}", csv=path.with_suffix(".csv")))
+        kind, show = kind_of(path)
+        facts = read_json(path) | dict(file=f"{folder.name}/{path.parent.name}/{path.name}",
+                                       csv=path.with_suffix(".csv"))
+        with measurement(path):
+            show([facts])
+        found[kind].append(facts)
     return found
 
 
 def write_document(path, found):
-    """Write RESULTS.md, whose prose is kept: a block that TEMPLATE does not name goes to the end. found: of
-    `read_results`."""
+    """Write RESULTS.md, whose prose is kept: a block that TEMPLATE does not name goes to the end.
+    found: of `read_results`."""
     before = path.read_text() if path.exists() else ""
     blocks = {match["name"]: match[0] for match in BLOCK.finditer(before)}
     if len(blocks) != before.count("<!-- prose "):
-        raise data.DataError(f"{path}: a block of prose has no end (<!-- /prose -->), or a name that is there twice: "
-                             "mend it, and nothing will be lost")
-    document = TEMPLATE.format(accuracy=accuracy(found["trainings"]), speed=speed(found["benches"]),
-                               time_to_accuracy=time_to_accuracy(found["accuracies"]), scores=scores(found["scores"]))
+        raise ValueError(f"{path}: a block of prose has no end (<!-- /prose -->), or a name that "
+                         "is there twice: mend it, and nothing will be lost")
+    document = TEMPLATE.format(
+        accuracy=accuracy(found["trainings"]), speed=speed(found["benches"]),
+        time_to_accuracy=time_to_accuracy(found["accuracies"]), scores=scores(found["scores"]))
     document = BLOCK.sub(lambda match: blocks.pop(match["name"], match[0]), document)
     document += "".join(f"\n{block}\n" for block in blocks.values())
-    with models.atomic(path) as file:
-        file.write(document.encode())
+    files.write(path, document.encode())
+
+
+def gather_and_write(options):
+    """Gather what was measured, and write RESULTS.md."""
+    for sentence in gather(options.runs, options.figures, options.results):
+        print(sentence)
+    found = read_results(options.results)
+    write_document(options.out, found)
+    count = sum(map(len, found.values()))
+    print(f"written: {options.out}, from {count} measurements in {options.results}/")
 
 
 def main(arguments=None):
     """The command line: gather, and write."""
-    parser = argparse.ArgumentParser(description="Gather measurements in results/ and write RESULTS.md from them.",
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--runs", default="runs", help="folder of trainings")
-    parser.add_argument("--figures", default="figures", help="folder of what score.py and tests/bench.py wrote")
-    parser.add_argument("--results", default="results", help="folder that measurements are gathered in")
-    parser.add_argument("--out", default="RESULTS.md", help="what is written")
-    options = parser.parse_args(arguments)
-    try:
-        for sentence in gather(Path(options.runs), Path(options.figures), Path(options.results)):
-            print(sentence)
-        found = read_results(Path(options.results))
-        write_document(Path(options.out), found)
-    except KeyError as error:
-        print(f"results.py: a file in {options.runs}, {options.figures} or {options.results} has no {error}: measure "
-              "again", file=sys.stderr)
-        sys.exit(2)
-    except (ValueError, TypeError, AttributeError, IndexError) as error:
-        print(f"results.py: a file in {options.runs}, {options.figures} or {options.results} holds something else than "
-              f"a measurement ({error}): remove it, or measure again", file=sys.stderr)
-        sys.exit(2)
-    except (data.DataError, OSError) as error:
-        print(f"results.py: {error}", file=sys.stderr)
-        sys.exit(2)
-    print(f"written: {options.out}, from {sum(map(len, found.values()))} measurements in {options.results}/")
+    parser = argparse.ArgumentParser(
+        description="Gather measurements in results/ and write RESULTS.md from them.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    add = parser.add_argument
+    add("--runs", type=files.path, default="runs", help="folder of trainings")
+    add("--figures", type=files.path, default="figures",
+        help="folder of what score.py and tests/bench.py wrote")
+    add("--results", type=files.path, default="results",
+        help="folder that measurements are gathered in")
+    add("--out", type=files.path, default="RESULTS.md", help="what is written")
+    files.run_command(gather_and_write, parser.parse_args(arguments))
 
 
 if __name__ == "__main__":

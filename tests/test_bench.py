@@ -1,15 +1,16 @@
-"""The benchmark's jobs run, and their numbers are of the right size. How fast they are is not tested."""
+"""The benchmark's jobs run, and their numbers are of the right size. How fast they are is not
+tested."""
 
 import json
 import os
-import subprocess
 import sys
+from pathlib import Path
 
 import bench
 import pytest
 import torch
-from conftest import REPO
 
+import folders
 import models
 import train
 
@@ -18,10 +19,23 @@ FAKE = dict(seconds=2.0, images_per_second=50.0, peak=0.5, memory=1.5,
             shares=dict(batch=0.05, optimiser=0.1, average=0.01))  # what a job gives
 
 
+@pytest.fixture
+def typed(monkeypatch):
+    """typed("--data", folder, ...): the command, in this process."""
+
+    def call(*arguments):
+        command = ["tests/bench.py", *map(str, arguments), "--device", "cpu"]
+        monkeypatch.setattr(sys, "argv", command)
+        bench.main()
+
+    return call
+
+
 def test_a_ratio_is_of_means_and_its_spread_of_turns():
-    assert bench.cells("a", "s", [1.0, 2.0], [4.0, 4.0]) == ("a", "1.5 s", "4.0 s", "2.7 x (2.0 to 4.0)")
-    assert bench.cells("a", "images/s", [600, 400], [250, 250])[1:] == ("500 images/s", "250 images/s",
-                                                                        "2.0 x (1.6 to 2.4)")
+    seconds = bench.cells("a", "s", [1.0, 2.0], [4.0, 4.0])
+    assert seconds == ("a", "1.5 s", "4.0 s", "2.7 x (2.0 to 4.0)")
+    speeds = bench.cells("a", "images/s", [600, 400], [250, 250])
+    assert speeds[1:] == ("500 images/s", "250 images/s", "2.0 x (1.6 to 2.4)")
 
 
 def test_without_a_usual_way_the_spread_is_that_of_the_measurements():
@@ -31,7 +45,7 @@ def test_without_a_usual_way_the_spread_is_that_of_the_measurements():
 
 
 def test_an_epoch_is_timed_with_its_waits(demo):
-    result = bench.epoch(demo, CPU, FLOAT32, crop=32, batch_size=10)
+    result = bench.epoch(demo, CPU, FLOAT32, crop=16, batch_size=20)
     assert result["images_per_second"] == pytest.approx(60 / result["seconds"])
     assert set(result["shares"]) == {"batch", "optimiser", "average"}
     assert min(result["shares"].values()) > 0 and sum(result["shares"].values()) < 1
@@ -43,13 +57,14 @@ def test_the_usual_way_learns_from_the_same_photos(demo, monkeypatch):
 
 
 def test_operations_are_counted_forward_and_backward():
-    forward = [(3, 32, 4, 32), (32, 64, 4, 16), *[(64, 64, 3, 16)] * 4, (64, 192, 4, 8), *[(192, 192, 3, 8)] * 6,
-               (192, 384, 3, 8), (384, 10, 1, 1)]
-    forward = [2 * inputs * outputs * k**2 * side**2 for inputs, outputs, k, side in forward]
+    layers = [(3, 32, 4, 32), (32, 64, 4, 16), *[(64, 64, 3, 16)] * 4, (64, 192, 4, 8),
+              *[(192, 192, 3, 8)] * 6, (192, 384, 3, 8), (384, 10, 1, 1)]
+    forward = [2 * inputs * outputs * k**2 * side**2 for inputs, outputs, k, side in layers]
     backward = 2 * sum(forward[1:])  # to the weights and to the input; the first layer is frozen
     network, _ = bench.our_network(CPU, FLOAT32)
     assert 1e12 * bench.operations(network, 64) == pytest.approx(sum(forward))
-    assert 1e12 * bench.operations(network, 64, backward=True) == pytest.approx(sum(forward) + backward)
+    both = 1e12 * bench.operations(network, 64, backward=True)
+    assert both == pytest.approx(sum(forward) + backward)
 
 
 def test_a_matrix_product_has_a_speed():
@@ -63,45 +78,70 @@ def test_the_memory_of_a_command_is_seen():
 
 
 @pytest.mark.parametrize("name", ["head_usual", "maps"])
-def test_a_job_prints_its_seconds(name, demo):
-    command = [sys.executable, REPO / "tests" / "bench.py", "--data", demo, "--device", "cpu", "--job"]
-    done = subprocess.run([*map(str, command), json.dumps([name, {}])], capture_output=True, text=True)
-    assert json.loads(done.stdout)["seconds"] > 0, done.stderr
+def test_a_job_prints_its_seconds(name, demo, typed, monkeypatch, capsys):
+    monkeypatch.setattr(bench, "SIZE", 96)
+    typed("--data", demo, "--job", json.dumps([name, {}]))
+    assert json.loads(capsys.readouterr().out)["seconds"] > 0
 
 
-def test_all_rows_are_printed_and_written_as_data(tmp_path, monkeypatch, demo, capsys):
-    """The whole command, its jobs and the commands that it measures replaced by numbers."""
+@pytest.mark.parametrize("looks", [None, [224]])
+def test_a_last_layer_is_trained_on_features_that_nobody_has_stored(small, no_decoding, monkeypatch,
+                                                                    looks):
+    def train_py(command, **options):
+        photos = Path(command[command.index("--data") + 1])
+        assert ("--looks" in command) == bool(looks)
+        for split in folders.COUNTS:
+            assert len(folders.load(photos, split)) == 20
+        folders.pixels_path(photos, "train").with_suffix(".features").touch()
+
+    for split in folders.COUNTS:
+        folders.load(small, split)
+    before = {path.name for path in small.iterdir()}
+    no_decoding()
+    monkeypatch.setattr(bench.subprocess, "run", train_py)
+    assert bench.head(small, CPU, FLOAT32, looks)["seconds"] > 0
+    assert {path.name for path in small.iterdir()} == before
+
+
+@pytest.fixture
+def faked(monkeypatch):
+    """Jobs, and the commands that they measure, are replaced by numbers."""
     monkeypatch.setattr(bench, "job", lambda command, name, **_: FAKE)
     monkeypatch.setattr(bench, "run", lambda *command: ("", 0.25))
+
+
+def test_all_rows_are_printed_and_written_as_data(tmp_path, monkeypatch, demo, typed, faked,
+                                                  capsys):
     monkeypatch.setattr(bench.importlib.util, "find_spec", lambda name: True)
     out = tmp_path / "new" / "bench.json"
-    arguments = ["--data", str(demo), "--device", "cpu", "--peers", "x", "--out", str(out)]
-    monkeypatch.setattr(sys, "argv", ["bench.py", *arguments])
-    bench.main()
+    typed("--data", demo, "--peers", "x", "--out", out)
     written, printed = json.loads(out.read_text()), capsys.readouterr().out
-    assert written["machine"]["torch"] == torch.__version__ and written["command"].startswith("python tests/bench.py ")
+    assert written["machine"]["torch"] == torch.__version__
+    assert written["command"].startswith("python tests/bench.py ")
     rows = {row["job"]: row for row in written["rows"]}
-    assert rows["an epoch of the CNN, 64 px"] == dict(job="an epoch of the CNN, 64 px", unit="images/s",
-                                                      here=[50.0] * 3, usual=[50.0] * 3)
+    epoch = "an epoch of the CNN, 64 px"
+    assert rows[epoch] == dict(job=epoch, unit="images/s", here=[50.0] * 3, usual=[50.0] * 3)
     assert rows["share of a step: optimiser"]["here"] == [0.1] * 3
-    forward = bench.operations(models.build("resnet18").eval(), 224)
-    assert rows["share of a large matrix product, float32: maps"]["here"] == pytest.approx([50 * forward / 0.5] * 3)
+    assert rows["the same by default, at 224 and 320 px"]["here"] == [2.0]
+    share = 50 * bench.operations(models.build("resnet18").eval(), 224) / 0.5
+    reached = rows["share of a large matrix product, float32: maps"]["here"]
+    assert reached == pytest.approx([share] * 3)
     for row in written["rows"]:
         assert "| " + " | ".join(bench.cells(**row)) + " |" in printed
 
 
-def test_what_was_measured_before_a_failure_is_kept(tmp_path, monkeypatch, demo, capsys):
+def test_what_was_measured_before_a_failure_is_kept(tmp_path, monkeypatch, demo, typed, faked,
+                                                    capsys):
     def job(command, name, **_):
         if name == "head_usual":
-            raise bench.data.DataError("no memory is left")
+            raise ValueError("no memory is left")
         return FAKE
 
     monkeypatch.setattr(bench, "job", job)
-    monkeypatch.setattr(bench, "run", lambda *command: ("", 0.25))
     out = tmp_path / "bench.json"
-    monkeypatch.setattr(sys, "argv", ["bench.py", "--data", str(demo), "--device", "cpu", "--out", str(out)])
     with pytest.raises(SystemExit) as stopped:
-        bench.main()
-    assert stopped.value.code == 2 and "no memory is left" in capsys.readouterr().err
+        typed("--data", demo, "--out", out)
+    assert stopped.value.code == 2
+    assert capsys.readouterr().err.splitlines()[-1] == "bench.py: no memory is left"
     rows = [row["job"] for row in json.loads(out.read_text())["rows"]]
     assert "all the photos, 64 px" in rows and "last layer of ResNet-18, 5 epochs" not in rows

@@ -1,0 +1,167 @@
+"""What the commands share: files that are whole or not there, locks, progress, options, errors.
+
+    with files.atomic("runs/cnn/log.csv") as file:              # there as a whole, or not at all
+        file.write(b"...")
+    for photo in files.progress(photos, "decoding", len(photos)):
+        ...
+    files.run_command(main)                                     # an error is one sentence
+
+What a user can mend is a ValueError whose message says what and how, or an OSError that names the
+file; `python -X dev` shows where it was raised.
+"""
+
+import argparse
+import contextlib
+import glob
+import math
+import os
+import shutil
+import signal
+import sys
+import time
+import traceback
+from pathlib import Path
+
+try:
+    import fcntl
+except ImportError:  # Windows: nobody waits
+    fcntl = None
+
+NO_MEMORY = ("out of memory", "can't allocate memory", "not enough memory", "ALLOC_FAILED",
+             "MemoryError")
+
+
+# ---------------------------------------------------------------- whole or not at all
+
+
+@contextlib.contextmanager
+def atomic(path):
+    """Open `path` for binary writing, under another name until it is whole."""
+    part = Path(f"{path}.{os.getpid()}.part")
+    try:
+        with open(part, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    except OSError as error:  # a full disk names no file of its own accord
+        raise OSError(error.errno, error.strerror, str(path)) from error
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def write(path, contents):
+    """Write bytes, whole or not at all; a file that holds them already is left alone."""
+    if not (path.exists() and path.read_bytes() == contents):
+        with atomic(path) as file:
+            file.write(contents)
+
+
+@contextlib.contextmanager
+def lock(path, wait=True):
+    """Hold `path`.lock: one process works, and others wait or, with wait=False, get a ValueError.
+
+    What a process that was killed has left of `path` is removed. Without locks (Windows, some
+    network drives) nobody waits.
+    """
+    with open(f"{path}.lock", "w") as file:
+        try:
+            if fcntl:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                left = f"{glob.escape(Path(path).name)}.[0-9]*.part"
+                for part in Path(path).parent.glob(left):
+                    shutil.rmtree(part) if part.is_dir() else part.unlink()
+        except BlockingIOError:
+            if not wait:
+                raise ValueError(f"{path} is in use by another process: wait until it "
+                                 "ends") from None
+            print(f"waiting for another process that is making {path}", file=sys.stderr)
+            fcntl.flock(file, fcntl.LOCK_EX)
+        except OSError:  # of a file system without locks
+            pass
+        yield
+
+
+# ---------------------------------------------------------------- progress
+
+
+def progress(items, label, total, unit="photos", size=lambda item: 1):
+    """Yield `items`, and say how many of `total` units are done.
+
+    On a terminal one line rewrites itself; a log gets a line at each tenth, 10 seconds apart or
+    more. size: item -> its units. """
+    terminal, started, done, said = sys.stderr.isatty(), time.time(), 0, (0, time.time())
+    for item in items:
+        yield item
+        done += size(item)
+        now, share = time.time(), done / max(total, 1)
+        rate = done / max(now - started, 1e-6)
+        end = share >= 1
+        if terminal or end or (share - said[0] >= 0.1 and now - said[1] >= 10):
+            left = "" if end else f", {(total - done) / max(rate, 1e-6):.0f} s left"
+            text = (f"{label} {done:,.0f} of {total:,.0f} {unit} ({share:.0%}), "
+                    f"{rate:,.0f} {unit}/s{left}")
+            print(f"\r{text:<90}" if terminal else text, end="\n" if end or not terminal else "",
+                  file=sys.stderr, flush=True)
+            said = share, now
+
+
+# ---------------------------------------------------------------- options
+
+
+def path(text):
+    """An argparse type: a path, ~ expanded. An empty one would be the working folder: refused."""
+    if not text:
+        raise argparse.ArgumentTypeError("it is empty: name one, or leave it out")
+    return Path(os.path.expanduser(text))  # which leaves ~name as it is where nobody is called so
+
+
+def between(low, high=math.inf, kind=int):
+    """An argparse type: a number from `low` to `high`."""
+
+    def parse(text):
+        if not low <= kind(text) <= high:
+            raise argparse.ArgumentTypeError(
+                f"{text} is less than {low:g}, more than {high:g} or no number")
+        return kind(text)
+
+    parse.__name__ = kind.__name__  # what argparse calls it where it is none
+    return parse
+
+
+def sizes(text):
+    """An argparse type: different sizes in px, "224,320", as an ascending tuple."""
+    parsed = [between(1, 4096)(size) for size in text.split(",")]
+    if len(set(parsed)) < len(parsed):
+        raise argparse.ArgumentTypeError(f"{text} names a size twice")
+    return tuple(sorted(parsed))
+
+
+# ---------------------------------------------------------------- a command and its errors
+
+
+def run_command(function, *arguments, out_of_memory="use smaller images",
+                interrupted="nothing is half-written"):
+    """Call a command. What its user can mend ends in one sentence and status 2, Ctrl-C in 130.
+
+    out_of_memory, interrupted: what to do about it, and what is left, for the sentences.
+    """
+    script = Path(sys.argv[0]).name
+    for stream in filter(None, (sys.stdout, sys.stderr)):
+        stream.reconfigure(errors="backslashreplace")  # a name this terminal has no letters for
+    for end in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(end, signal.default_int_handler)
+    try:
+        return function(*arguments)
+    except (KeyboardInterrupt, ValueError, OSError, RuntimeError, MemoryError) as error:
+        message, status = error, 2
+        if isinstance(error, KeyboardInterrupt):
+            message, status = f"stopped: {interrupted}", 130
+        elif isinstance(error, RuntimeError | MemoryError):  # torch has a type of its own on CUDA
+            if not any(words in repr(error) for words in NO_MEMORY):
+                raise
+            message = f"not enough memory ({error!r:.100}): {out_of_memory}"
+        if sys.flags.dev_mode:
+            traceback.print_exc()
+    print(f"{script}: {message}", file=sys.stderr)
+    sys.exit(status)

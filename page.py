@@ -1,0 +1,330 @@
+"""Pages of photos, maps and texts, drawn with PIL. Copy cam.py and files.py with it.
+
+    picture = page.compose([photo], ["my photo"], [page.Row("ResNet-18", maps[:, k], ["tench"])])
+    page.save_picture(picture, "cam.pdf")                            # 16 cm wide
+
+A page is made of blocks, a block of strips, a strip of tiles: photos and maps, with their texts.
+"""
+
+import math
+import re
+import unicodedata
+from itertools import accumulate
+from pathlib import Path
+from statistics import median
+from typing import NamedTuple
+
+import torch
+from PIL import Image, ImageDraw, ImageFont
+
+import files
+from cam import as_photo, oklab_to_srgb, outline, overlay, scale_of
+
+TEXT_COLOUR, WRONG = (50, 50, 50), (196, 30, 30)
+
+# Sizes on paper, in points (1/72 inch).
+PAGE_WIDTH = 16 / 2.54 * 72  # of the text on an A4 page: a picture is as wide, or less
+TEXT_SIZE = 7
+GAP, TALLEST = 4, 200  # between photos; the tallest of them
+BAR_WIDTH, BAR_HEIGHT = 84, 9  # of the colour bar
+LINE, RIM, FRAME = 0.6, 1.4, 1.2  # around a region, with its light rim; around a mistake
+
+PICTURES = (".png", ".pdf")  # the suffixes of what can be written
+MOST_CLASSES = 50  # in a confusion picture
+
+
+
+class Paper:
+    """A page of `dpi` pixels per inch: lengths on it in pixels, and the font of all its texts."""
+
+    def __init__(self, dpi):
+        self.point = dpi / 72
+        self.width, self.gap = round(PAGE_WIDTH * self.point), round(GAP * self.point)
+        self.font = ImageFont.load_default(TEXT_SIZE * self.point)
+        self.line = round(1.25 * TEXT_SIZE * self.point)
+
+    def length(self, text):
+        """The width of a text in one line, px."""
+        return math.ceil(self.font.getlength(text)) + 1
+
+
+def blank(width, height):
+    """A white image, to be drawn on."""
+    return Image.new("RGB", (width, height), "white")
+
+
+def above_each_other(images, gap):
+    """Images one below the other, `gap` px apart, from the left."""
+    *tops, end = accumulate((image.height + gap for image in images), initial=0)
+    page = blank(max(image.width for image in images), end - gap)
+    for image, y in zip(images, tops, strict=True):
+        page.paste(image, (0, y))
+    return page
+
+
+def side_by_side(images, gap, bottom=False):
+    """Images beside each other, `gap` px apart, their tops or their bottoms at one height."""
+    *lefts, end = accumulate((image.width + gap for image in images), initial=0)
+    page = blank(end - gap, max(image.height for image in images))
+    for image, x in zip(images, lefts, strict=True):
+        page.paste(image, (x, page.height - image.height if bottom else 0))
+    return page
+
+
+def printable(text):
+    """`text` in ASCII, for Pillow's own font: no accents, other letters "?", "_" a space."""
+    letters = unicodedata.normalize("NFKD", text.replace("_", " "))
+    return "".join(c if c.isascii() else "?" for c in letters if not unicodedata.combining(c))
+
+
+def signed(value, scale):
+    """`value` with its sign, with the decimals that show three digits of `scale`."""
+    decimals = max(0, 2 - math.floor(math.log10(scale)))
+    return f"{round(float(value), decimals) + 0.0:+.{decimals}f}"
+
+
+def wrap(text, width, paper):
+    """`text` in lines of at most `width` px. Only a word longer than a line is cut."""
+    lines = []
+    for paragraph in text.split("\n"):
+        words = re.findall(r"\S+?(?:(?<=\w)-(?=\w)|\s+|$)", paragraph)  # "fine-", "tuned ", "head"
+        lines.append("")
+        for word in words:
+            for part in [word] if paper.length(word.rstrip()) <= width else word:
+                if lines[-1] and paper.length((lines[-1] + part).rstrip()) > width:
+                    lines.append("")
+                lines[-1] += part
+    return [line.rstrip() for line in lines if line.strip()]
+
+
+def draw_text(text, width, paper, colour=TEXT_COLOUR, centred=False):
+    """A text in lines of at most `width` px: an image of that width."""
+    lines = wrap(text, width, paper)
+    image = blank(width, len(lines) * paper.line)
+    x, anchor = (width / 2, "ma") if centred else (0, "la")
+    for i, line in enumerate(lines):
+        ImageDraw.Draw(image).text((x, i * paper.line), line, colour, paper.font, anchor)
+    return image
+
+
+# ---------------------------------------------------------------- a page
+
+
+class Tile(NamedTuple):
+    """A photo, or a map over it, with a text above or below."""
+    photo: torch.Tensor  # (H, W, 3) uint8
+    text: str = ""
+    class_map: torch.Tensor = None  # (h, w), in logits
+    scale: float = None  # its end, in logits
+    wrong: bool = False  # framed, in the colour of mistakes
+
+
+class Strip(NamedTuple):
+    """Tiles side by side, below a heading with the colour bar of their maps."""
+    tiles: list  # of Tile, or of None where a place stays empty
+    heading: str = ""
+    text_above: bool = False  # the tiles, not below them
+
+
+def lay_out(block, columns, paper):
+    """The widths of a block's columns and the height of its photos, px. columns: of full blocks."""
+    part = (paper.width - paper.gap * (columns - 1)) // columns
+    texts = [[tile.text if tile else "" for tile in strip.tiles] for strip in block]
+    # A column is no narrower than its longest word, up to an equal part of the page.
+    words = [min(max(map(paper.length, " ".join(column).split()), default=1), part)
+             for column in zip(*texts, strict=True)]
+    aspects = [tile.photo.shape[1] / tile.photo.shape[0] for tile in block[0].tiles]
+    widest = min(2 * median(aspects), part)  # a panorama, shown lower, makes the others no smaller
+    for height in range(round(TALLEST * paper.point), 0, -1):
+        widths = [math.ceil(max(min(aspect, widest) * height, word))
+                  for aspect, word in zip(aspects, words, strict=True)]
+        if sum(widths) <= part * len(widths):
+            break
+    return widths, height
+
+
+def draw_tile(tile, width, height, text_above, paper):
+    """A tile in a column of `width` px, its photo as large as `height` px allow, and its text."""
+    if tile is None:
+        return blank(width, 1)
+    h, w = tile.photo.shape[:2]
+    share = min(width / w, height / h)
+    size = max(1, round(w * share)), max(1, round(h * share))
+    image = Image.fromarray(tile.photo.numpy()).resize(size, Image.Resampling.LANCZOS)
+    if tile.class_map is not None:
+        pixels = overlay(image, tile.class_map, tile.scale)
+        pixels = outline(pixels, tile.class_map, LINE * paper.point, RIM * paper.point)
+        image = Image.fromarray(pixels.numpy())
+    if tile.wrong:
+        edges, frame = (0, 0, size[0] - 1, size[1] - 1), max(2, round(FRAME * paper.point))
+        ImageDraw.Draw(image).rectangle(edges, outline=WRONG, width=frame)
+    shown = blank(width, height)
+    shown.paste(image, ((width - image.width) // 2, (height - image.height) // 2))
+    text = draw_text(tile.text, width, paper, WRONG if tile.wrong else TEXT_COLOUR, centred=True)
+    return above_each_other([text, shown] if text_above else [shown, text], paper.gap // 2)
+
+
+def draw_colour_bar(end, maps, paper):
+    """The scale with -end, 0 and end written into it, arrowheads where maps go beyond, the unit."""
+    width, height = round(BAR_WIDTH * paper.point), round(BAR_HEIGHT * paper.point)
+    grey = torch.full((height, width, 3), 128, dtype=torch.uint8)
+    bar = Image.fromarray(overlay(grey, torch.linspace(-1, 1, width)[None], 1).numpy())
+    left, right, mid = height, height + width - 1, (height - 1) / 2  # room for the arrowheads
+    image = blank(width + 2 * height, height)
+    image.paste(bar, (left, 0))
+    pen, tip, inset = ImageDraw.Draw(image), 2 / 3 * height, 0.2 * height
+    if min(class_map.min() for class_map in maps) < -end:
+        pen.polygon([(left, 0), (left, height), (left - tip, mid)], bar.getpixel((0, 0)))
+    if max(class_map.max() for class_map in maps) > end:
+        pen.polygon([(right, 0), (right, height), (right + tip, mid)], bar.getpixel((width - 1, 0)))
+    pen.text((left + inset, mid), signed(-end, end), "black", paper.font, "lm")
+    pen.text(((left + right) / 2, mid), "0", "black", paper.font, "mm")
+    pen.text((right - inset, mid), signed(end, end), "black", paper.font, "rm")
+    return side_by_side([image, draw_text("logits", paper.length("logits"), paper, "black")], 0)
+
+
+def draw_strip(strip, widths, height, page_width, paper):
+    """A strip: tiles in columns of `widths` px, above them its heading and its colour bar."""
+    tiles = [draw_tile(tile, width, height, strip.text_above, paper)
+             for tile, width in zip(strip.tiles, widths, strict=True)]
+    row = side_by_side(tiles, paper.gap, bottom=strip.text_above)  # the photos at one height
+    if not strip.heading:
+        return row
+    mapped = [tile for tile in strip.tiles if tile and tile.class_map is not None]
+    if len({tile.scale for tile in mapped}) == 1:
+        scale = draw_colour_bar(mapped[0].scale, [tile.class_map for tile in mapped], paper)
+    else:
+        own = "each map on its own scale (±), in logits"
+        scale = draw_text(own, paper.length(own), paper, "black")
+    heading = draw_text(strip.heading, page_width - scale.width - paper.gap, paper, "black")
+    return above_each_other([side_by_side([heading, scale], paper.gap), row], paper.gap // 2)
+
+
+def draw_page(blocks, legend, dpi):
+    """Blocks, lists of `Strip`, above a legend: a picture, 16 cm wide or less, that has its dpi."""
+    paper = Paper(dpi)
+    layouts = [lay_out(block, len(blocks[0][0].tiles), paper) for block in blocks]
+    width = max(sum(widths) + paper.gap * (len(widths) - 1) for widths, _ in layouts)
+    width = max(width, paper.width // 2)  # of the headings and the legend
+    drawn = []
+    for block, (widths, height) in zip(blocks, layouts, strict=True):
+        strips = [draw_strip(strip, widths, height, width, paper) for strip in block]
+        drawn.append(above_each_other(strips, 2 * paper.gap))
+    colours = "Orange adds to the logit, blue takes from it; line: half of a map's maximum."
+    drawn.append(draw_text(f"{colours} {legend}", width, paper))
+    picture = above_each_other(drawn, 3 * paper.gap)
+    picture.info["dpi"] = (dpi, dpi)
+    return picture
+
+
+class Row(NamedTuple):
+    """What one network says of N photos."""
+    label: str
+    maps: torch.Tensor  # (N, h, w), in logits, of the class that is named under each photo
+    captions: list  # N of str
+    right: list = None  # N of bool, or of None where the truth is unknown
+
+
+def map_tiles(photos, row, scale):
+    """A `Row`'s maps over its photos. scale: "row", one for all, or "photo", its own for each."""
+    shared, tiles = scale_of(row.maps), []
+    rights = row.right or [None] * len(photos)
+    for photo, class_map, text, right in zip(photos, row.maps, row.captions, rights, strict=True):
+        end = scale_of(class_map) if scale == "photo" else shared
+        own = f" ±{signed(end, end)[1:]}" if scale == "photo" else ""
+        tiles.append(Tile(photo, printable(text) + own, class_map, end, wrong=right is False))
+    return tiles
+
+
+def compose(photos, titles, rows, columns=10, scale="row", legend="", dpi=300):
+    """The figure: N photos under N titles, then each `Row`'s maps over them; a PIL image.
+
+    More than `columns` photos go on in further blocks. scale: "row", one for all maps of a row, or
+    "photo", each its own, written into its caption.
+    """
+    if isinstance(rows, Row):
+        raise ValueError("rows are a list: compose(photos, titles, [row])")
+    counts = [len(titles), *(len(part) for row in rows for part in row[1:] if part is not None)]
+    if not len(photos) or {*counts} != {len(photos)}:
+        raise ValueError(f"{len(photos)} photos need as many titles, and in each row as many maps "
+                         f"and captions, not {', '.join(map(str, counts))}")
+    photos = [as_photo(photo) for photo in photos]
+    titled = [Tile(photo, printable(title)) for photo, title in zip(photos, titles, strict=True)]
+    strips = [Strip(titled, text_above=True)]
+    strips += [Strip(map_tiles(photos, row, scale), row.label) for row in rows]
+    blocks = [[strip._replace(tiles=strip.tiles[first : first + columns]) for strip in strips]
+              for first in range(0, len(photos), columns)]
+    return draw_page(blocks, legend, dpi)
+
+
+# ---------------------------------------------------------------- the confusion picture
+
+
+def confusion_cells(matrix, shares, side, paper):
+    """The cells of a confusion picture, `side` px each, with their counts where there is room."""
+    right = torch.eye(len(matrix), dtype=torch.bool)[..., None]  # grey; mistakes are red
+    deepest = torch.where(right, torch.tensor([0.7, 0, 0]), torch.tensor([0.6, 0.17, 0.08]))
+    lab = torch.lerp(torch.tensor([0.97, 0, 0]), deepest, shares.sqrt()[..., None])
+    cells = (oklab_to_srgb(lab) * 255).round().to(torch.uint8)
+    pixels = cells.repeat_interleave(side, 0).repeat_interleave(side, 1)
+    for line in range(max(1, round(paper.point / 4))):  # a white grid
+        pixels[line::side] = pixels[:, line::side] = 255
+    image = Image.fromarray(pixels.numpy())
+    if max(paper.line, paper.length(str(int(matrix.max())))) < side:
+        for y, x in matrix.nonzero().tolist():
+            middle = ((x + 0.5) * side, (y + 0.5) * side)
+            ImageDraw.Draw(image).text(middle, str(int(matrix[y, x])), "black", paper.font, "mm")
+    return image
+
+
+def confusion_picture(matrix, classes, title, dpi=300):
+    """Counts (K, K), rows what is there, columns what the network says, as a PIL image."""
+    paper, matrix = Paper(dpi), torch.as_tensor(matrix).cpu()
+    shares = matrix / matrix.sum(1, keepdim=True).clamp(min=1)
+    if len(classes) > MOST_CLASSES:  # those with the most mistakes are shown
+        mistakes = matrix.sum(0) + matrix.sum(1) - 2 * matrix.diag()
+        kept = mistakes.argsort(descending=True, stable=True)[:MOST_CLASSES].sort().values
+        title += f" (the {MOST_CLASSES} of {len(classes)} classes with the most mistakes)"
+        matrix, shares = matrix[kept][:, kept], shares[kept][:, kept]
+        classes = [classes[i] for i in kept]
+    first_lines = [(wrap(printable(name), paper.width // 4, paper) or ["?"])[0] for name in classes]
+    margin = max(map(paper.length, first_lines)) + paper.gap
+    side = min((paper.width - margin) // len(classes), round(48 * paper.point))
+    rows, columns = (blank(margin, side * len(classes)) for _ in range(2))
+    for i, name in enumerate(first_lines):
+        for names, x, anchor in ((rows, margin - paper.gap, "rm"), (columns, paper.gap, "lm")):
+            ImageDraw.Draw(names).text((x, (i + 0.5) * side), name, TEXT_COLOUR, paper.font, anchor)
+    above = side_by_side([blank(margin, margin), columns.rotate(90, expand=True)], 0)
+    below = side_by_side([rows, confusion_cells(matrix, shares, side, paper)], 0)
+    width = max(margin + side * len(classes), paper.width // 2)
+    heading = draw_text(title, width, paper, "black")
+    foot = draw_text("Rows: what is there; columns: what the network says; the deeper, the larger "
+                     "the share of the row.", width, paper)
+    picture = above_each_other([heading, above_each_other([above, below], 0), foot], paper.gap)
+    picture.info["dpi"] = (dpi, dpi)
+    return picture
+
+
+def check_picture_name(path):
+    """Raise ValueError, before any work, for a name under which no picture can be written."""
+    path = Path(path)
+    if path.suffix.lower() not in PICTURES:
+        raise ValueError(f"{path} cannot be written: name a picture that ends in .png or .pdf")
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder: name a picture in it, {path / 'figure.png'}")
+    if files_above := [above for above in path.parents if above.is_file()]:
+        raise ValueError(f"{path} cannot be written, for {files_above[0]} is no folder: name "
+                         "another place")
+
+
+def save_picture(image, path):
+    """Write a PIL image as .png or .pdf, whole or not at all, by its dpi, or 16 cm wide."""
+    check_picture_name(path)
+    path = Path(path)
+    dpi = image.info.get("dpi", (image.width / PAGE_WIDTH * 72,))[0]
+    if path.suffix.lower() == ".pdf" and image.height > 65_500:  # of the JPEG in it
+        raise ValueError(f"{path} cannot be written, {image.height:,} px are more than a PDF "
+                         "takes: use a smaller --dpi, more --columns, or .png")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with files.atomic(path) as file:  # quality: of the JPEG
+        image.save(file, path.suffix[1:].upper(), dpi=(dpi, dpi), quality=95, subsampling=0)

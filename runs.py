@@ -1,0 +1,280 @@
+"""A training on disk: its checkpoints, going on with it, its log.
+
+    runs/<name>/last.pt       all that is needed to go on, with the best weights so far
+    runs/<name>/best.pt       the weights of the highest validation accuracy: an export of last.pt's
+    runs/<name>/log.csv       a row an epoch; curves.png draws it
+    runs/<name>/config.json   command, recipe, machine; result.json, written last: what came out
+
+The same command after an interruption goes on from the last epoch, bit for bit; after the last
+epoch it does nothing.
+"""
+
+import ast
+import csv
+import hashlib
+import io
+import json
+import shlex
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from PIL import Image, ImageDraw, ImageFont
+
+import data
+import files
+import machine
+import models
+import train
+
+PASSED = 0.72  # the accuracy of the course report behind this project: in which epoch is it passed?
+DECIDES = ("train.py", "optim.py", "models.py", "data.py")  # the code that decides what is trained
+
+
+# ---------------------------------------------------------------- the run's folder
+
+
+class Run:
+    """The folder of a training. `save` after each epoch, `finish` after the last."""
+
+    def __init__(self, folder, recipe, photos, val):
+        self.folder, self.recipe = folder, recipe
+        self.settings = dict(asdict(recipe), looks=list(recipe.looks),
+                             photos=[len(photos), len(val)],
+                             data=[photos.fingerprint, val.fingerprint])
+        how = {"head": "only its last layer trained", "scratch": "trained from scratch",
+               "all": "every layer fine-tuned" if recipe.weights else "trained from scratch"}
+        self.facts = dict(arch=recipe.arch, classes=photos.classes, mean=data.MEAN, std=data.STD,
+                          looks=list(recipe.looks), how=how[recipe.training],
+                          accuracy_on="held-out train" if recipe.holdout else "val",
+                          accuracy_n=len(val), settings=self.settings, code=code_digest(),
+                          trained_on=list(photos.digests))
+        self.rows = []  # of the log
+        self.best = None  # state dict of the best epoch's network
+        self.accuracies = {}  # of that, by its looks
+
+    def resume(self):
+        """What `train.train` goes on from, or None where the run begins.
+
+        Raises ValueError where last.pt or best.pt is another run's, or last.pt alone is gone.
+        """
+        last, best = self.folder / "last.pt", self.folder / "best.pt"
+        if not last.exists():
+            if best.exists():
+                raise ValueError(f"{last} is gone, and {best} is there: put it back, give this "
+                                 f"run a --name of its own, or remove {self.folder} to train "
+                                 "again")
+            return None
+        try:
+            saved = models.read(last)
+        except ValueError as error:
+            raise ValueError(f"{error}; a copy may be put in its place, or remove {self.folder} to "
+                             "train again") from error
+        if not (isinstance(saved, dict) and saved.keys() >= {"facts", "rows", "best", "state"}):
+            raise ValueError(f"{last} is no last.pt that this train.py wrote: remove "
+                             f"{self.folder}, or give this run a --name of its own")
+        self.check_same(saved["facts"])
+        self.check_best(saved["facts"])
+        self.rows, self.best = saved["rows"], saved["best"]
+        self.accuracies, self.facts = saved["accuracies"], saved["facts"]
+        return saved["state"]
+
+    def check_same(self, facts):
+        """Raise ValueError where `facts` are of a run of other settings, classes or photos."""
+        old, ours, theirs = facts["settings"], set(self.facts["classes"]), set(facts["classes"])
+        differ = [f"{key} {old.get(key)} there, {value} here"
+                  for key, value in self.settings.items()
+                  if old.get(key) != value and key != "data"]
+        if ours != theirs:
+            differ.append(f"classes {data.first_names(theirs - ours)} there alone, "
+                          f"{data.first_names(ours - theirs)} here alone")
+        elif old.get("data") != self.settings["data"]:
+            differ.append("data: the photos are others, or have changed")
+        if differ:
+            raise ValueError(f"{self.folder} holds a run of other settings ({'; '.join(differ)}): "
+                             "repeat them to go on with it, give this one a --name of its own "
+                             "(make: RUNS=), or remove the folder")
+        if facts["code"] != self.facts["code"] and train.processes()[0] == 0:
+            print(f"{self.folder} began with another {', '.join(DECIDES)}: what is done stays; a "
+                  "--name of its own trains anew", file=sys.stderr)
+
+    def check_best(self, facts):
+        """Raise ValueError where best.pt is of another training than `facts`, of last.pt: `export`
+        would overwrite weights that this run does not know."""
+        best = self.folder / "best.pt"
+        try:
+            found = models.read(best)
+        except ValueError:  # missing or damaged
+            return
+        if not isinstance(found, dict) or found.get("settings") != facts["settings"]:
+            raise ValueError(f"{best} is of another training than {self.folder / 'last.pt'}: move "
+                             "or remove it, and the one that belongs there is written again")
+
+    def clear(self):
+        """Remove what a run that was killed left half written; call it with the run's lock held."""
+        for part in self.folder.glob("*.part"):
+            part.unlink(missing_ok=True)
+
+    def begin(self, network, precision):
+        """Write config.json, and take result.json away, which says that a run has ended."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        config = dict(command=shlex.join(["python", Path(sys.argv[0]).name, *sys.argv[1:]]),
+                      recipe=self.settings, parameters=count_parameters(network),
+                      device=next(network.parameters()).device.type,
+                      precision=type_name(precision), threads=torch.get_num_threads(),
+                      processes=train.processes()[1], machine=machine.facts())
+        files.write(self.folder / "config.json", json.dumps(config, indent=1).encode())
+        (self.folder / "result.json").unlink(missing_ok=True)
+
+    def save(self, epoch):
+        """Write what an epoch leaves, last.pt first, each file whole or not at all; say so."""
+        row = rounded(epoch.row, self.recipe)
+        self.rows.append(row)
+        if row is self.best_row():
+            plain = models.with_looks(epoch.network, [0]).state_dict()
+            self.best = {name: tensor.clone() for name, tensor in plain.items()}
+            self.accuracies = {row["size"]: row["val_accuracy"]}
+        self.write_last(epoch.state)
+        self.export()
+        self.write_log()
+        left = (self.recipe.epochs - len(self.rows)) * row["seconds"]
+        classes = ("" if row["val_accuracy"] == row["val_class_accuracy"] else
+                   f" (classes {row['val_class_accuracy']:.2%})")
+        print(f"epoch {len(self.rows):3d}/{self.recipe.epochs}  loss {row['train_loss']:.3f}  "
+              f"train {row['train_accuracy']:6.2%}  val {row['val_accuracy']:6.2%}{classes}"
+              f"{' *' if row is self.best_row() else '  '}  {row['images_per_second']:6,} "
+              "images/s  "
+              f"{clock(left)} left", flush=True)
+
+    def best_row(self):
+        """The first row with the highest accuracy: that of the best weights."""
+        return max(self.rows, key=lambda row: row["val_accuracy"])
+
+    def write_last(self, state):
+        """Write last.pt; torch.save into memory first, for on a full disk its error names none."""
+        write_tensors(self.folder / "last.pt", dict(
+            facts=self.facts, rows=self.rows, best=self.best, accuracies=self.accuracies,
+            state=state))
+
+    def export(self):
+        """Write best.pt, an export of what last.pt holds, where it is missing or differs."""
+        write_tensors(self.folder / "best.pt", models.checkpoint(
+            self.best, **self.facts, epoch=self.best_row()["epoch"], accuracies=self.accuracies))
+
+    def write_log(self):
+        """Write the log, a row an epoch, and its curves."""
+        text = io.StringIO()
+        writer = csv.DictWriter(text, self.rows[0])
+        writer.writeheader()
+        writer.writerows(self.rows)
+        files.write(self.folder / "log.csv", text.getvalue().encode())
+        files.write(self.folder / "curves.png", draw_curves(self.rows))
+
+    def finish(self, state, val, precision):
+        """Write result.json, the last file of a run. The best weights get the accuracy of all their
+        looks, where val was seen at one."""
+        self.export()
+        key = models.looks_key(self.recipe.looks)
+        if key not in self.accuracies:
+            network, facts = models.load(self.folder / "best.pt", val.device)
+            totals = train.evaluate(network, data.eval_batches(val, facts["size"], 64), precision,
+                                    len(facts["classes"]))
+            self.accuracies[key] = round(train.val_scores(totals)["val_accuracy"], 5)
+            self.write_last(state)
+            self.export()
+        self.write_log()
+        best, last = self.best_row(), self.rows[-1]
+        passed = next((row["epoch"] for row in self.rows if row["val_accuracy"] >= PASSED), None)
+        try:
+            config = json.loads((self.folder / "config.json").read_text())
+        except (OSError, ValueError) as error:
+            raise ValueError(f"{self.folder / 'config.json'} is gone or damaged: put it back, or "
+                             f"remove {self.folder} to train again") from error
+        result = dict(
+            best_accuracy=best["val_accuracy"], best_epoch=best["epoch"],
+            last_accuracy=last["val_accuracy"], accuracies=self.accuracies,
+            accuracy_on=self.facts["accuracy_on"], accuracy_n=self.facts["accuracy_n"],
+            epochs_to_72=passed, seconds_to_72=passed and seconds(self.rows[:passed]),
+            seconds=seconds(self.rows), **config)
+        files.write(self.folder / "result.json", json.dumps(result, indent=1).encode())
+        print(f"{self.folder}: best {best['val_accuracy']:.2%} (epoch {best['epoch']}), last "
+              f"{last['val_accuracy']:.2%}")
+
+
+def rounded(row, recipe):
+    """A row of `train.train` as the log shows it, with the size (px) at which val was seen."""
+    head, (_, size) = recipe.training == "head", train.sides(recipe, row["epoch"] - 1)
+    looks = recipe.looks if head else [size]
+    return dict(epoch=row["epoch"], size=models.looks_key(looks),
+                train_loss=round(row["train_loss"], 4),
+                train_accuracy=round(row["train_accuracy"], 5), val_loss=round(row["val_loss"], 4),
+                val_accuracy=round(row["val_accuracy"], 5),
+                val_class_accuracy=round(row["val_class_accuracy"], 5), lr=round(row["lr"], 6),
+                images_per_second=round(row["images_per_second"]),
+                seconds=round(row["seconds"], 2))
+
+
+def seconds(rows):
+    """How long epochs took, s."""
+    return round(sum(row["seconds"] for row in rows), 1)
+
+
+def clock(duration):
+    """Seconds as "1:02:03", or, below an hour, "2:03"."""
+    minutes, rest = divmod(round(duration), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+def write_tensors(path, contents):
+    """Write tensors and plain types, whole or not at all."""
+    buffer = io.BytesIO()  # torch.save's own error on a full disk names no file
+    torch.save(contents, buffer)
+    files.write(path, buffer.getbuffer())
+
+
+def code_digest():
+    """A hash of the code that decides what a training gives; comments and layout do not count."""
+    trees = [ast.dump(ast.parse((Path(__file__).parent / name).read_text(encoding="utf-8")))
+             for name in DECIDES]
+    return hashlib.sha256("\n".join(trees).encode()).hexdigest()[:16]
+
+
+def count_parameters(network):
+    """How many numbers a network has learnt."""
+    return sum(p.numel() for p in network.parameters())
+
+
+def type_name(precision):
+    """What autocast computes in: "bfloat16"."""
+    return str(precision.dtype or torch.float32).removeprefix("torch.")
+
+
+def draw_curves(rows):
+    """Loss and accuracy of every epoch as two small diagrams: the bytes of a PNG."""
+    image = Image.new("RGB", (900, 380), "white")
+    pen, font = ImageDraw.Draw(image), ImageFont.load_default(15)
+    colours = {"train": (0, 114, 178), "val": (213, 94, 0)}  # distinct to colour-blind eyes
+    top, bottom = 50, 330
+    highest_loss = max(max(row["train_loss"], row["val_loss"]) for row in rows)
+    panels = [("loss", 60, 430, highest_loss, "{:.2f}"), ("accuracy", 510, 880, 1.0, "{:.0%}")]
+    for quantity, left, right, highest, style in panels:
+        pen.text((left, 16), quantity, "black", font)
+        for tick in range(5):
+            y = bottom - (bottom - top) * tick / 4
+            pen.line((left, y, right, y), (225, 225, 225))
+            pen.text((left - 8, y), style.format(highest * tick / 4), "black", font, anchor="rm")
+        for place, (split, colour) in enumerate(colours.items()):
+            line = [(left + (right - left) * row["epoch"] / len(rows),
+                     bottom - (bottom - top) * row[f"{split}_{quantity}"] / highest)
+                    for row in rows]
+            pen.line(line, colour, 2, joint="curve")
+            x, y = line[-1]
+            pen.ellipse((x - 3, y - 3, x + 3, y + 3), colour)
+            pen.text((right - 110 + 60 * place, 16), split, colour, font)
+        pen.text((right, bottom + 8), f"epoch {rows[-1]['epoch']}", "black", font, anchor="ra")
+        pen.text((left, bottom + 8), "0", "black", font)
+    png = io.BytesIO()
+    image.save(png, "PNG")
+    return png.getvalue()

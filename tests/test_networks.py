@@ -1,0 +1,170 @@
+"""networks.py: checkpoints that belong together, what networks say of photos, in every type."""
+
+import argparse
+
+import pytest
+import torch
+from conftest import (
+    CLASSES,
+    OTHER_SHAPES,
+    SIZE,
+    checkpoint,
+    facts_of,
+    noise_photo,
+    other_shape,
+    untrained,
+)
+from torch import nn
+
+import data
+import models
+import networks
+
+FACTS = {"size": SIZE}
+PHOTOS = [noise_photo((40, 50)), noise_photo((30, 20), seed=1)]
+
+
+def modes(network):
+    return [module.training for module in network.modules()]
+
+
+# ---------------------------------------------------------------- predictions
+
+
+def test_prediction_is_the_network_s_and_its_maps_explain_it():
+    network = untrained("cnn").float()
+    maps, logits, probabilities = networks.predict_with_maps(network, FACTS, PHOTOS)
+    for i, photo in enumerate(PHOTOS):
+        ((images, _),) = data.eval_batches(data.from_arrays([photo]), SIZE, 1)
+        with torch.no_grad():
+            assert torch.equal(logits[i : i + 1], network(images))
+    assert torch.equal(probabilities, logits.softmax(1))
+    assert torch.allclose(maps.mean((2, 3)) + network.head.bias, logits, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", OTHER_SHAPES)
+def test_prediction_refuses_networks_of_another_shape(name):
+    with pytest.raises(ValueError, match="miss the logits"):
+        networks.predict_with_maps(other_shape(name, torch.float), FACTS, PHOTOS)
+
+
+def test_a_network_that_is_training_predicts_as_if_it_were_not_and_goes_on_training():
+    network = untrained("cnn").float()
+    expected = networks.predict_with_maps(network, FACTS, PHOTOS)
+    network.train()
+    network.features[1].eval()  # as a frozen layer would be
+    before = modes(network), {k: v.clone() for k, v in network.state_dict().items()}
+    for given, wanted in zip(networks.predict_with_maps(network, FACTS, PHOTOS), expected,
+                             strict=True):
+        assert torch.equal(given, wanted)
+    assert modes(network) == before[0]
+    assert all(torch.equal(v, before[1][k]) for k, v in network.state_dict().items())
+
+
+def test_a_refused_network_goes_on_training_too():
+    network = other_shape("hidden layer", torch.float).train()
+    with pytest.raises(ValueError, match="miss the logits"):
+        networks.predict_with_maps(network, FACTS, PHOTOS)
+    assert all(modes(network))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_networks_of_every_float_type_say_the_same(dtype):
+    expected = networks.predict_with_maps(untrained("cnn").float(), FACTS, PHOTOS)
+    found = networks.predict_with_maps(untrained("cnn").to(dtype), FACTS, PHOTOS)
+    precise = torch.promote_types(dtype, torch.float32)
+    for given, wanted in zip(found, expected, strict=True):
+        assert given.dtype == precise
+        error = (given - wanted).abs().max() / (1 + wanted.abs().max())
+        assert error < 8 * torch.finfo(dtype).eps + 1e-5
+    assert torch.allclose(found[2].sum(1), torch.ones(2, dtype=precise))
+
+
+@pytest.mark.parametrize("wrap", [nn.DataParallel, torch.compile], ids=["parallel", "compiled"])
+def test_a_wrapped_network_says_the_same(wrap):
+    network = untrained("cnn").float()
+    expected = networks.predict_with_maps(network, FACTS, PHOTOS)
+    wrapped = wrap(network) if wrap is nn.DataParallel else wrap(network, backend="eager")
+    for given, wanted in zip(networks.predict_with_maps(wrapped, FACTS, PHOTOS), expected,
+                             strict=True):
+        assert torch.allclose(given, wanted, atol=1e-5)
+
+
+def test_a_head_without_bias_is_explained_as_well():
+    network = untrained("cnn").float()
+    network.head.bias = None
+    maps, logits, _ = networks.predict_with_maps(network, FACTS, PHOTOS)
+    assert torch.allclose(maps.mean((2, 3)), logits, atol=1e-4)
+
+
+def test_networks_without_maps_or_probabilities_are_refused():
+    network = untrained("cnn").float()
+    convolution = models.CAMNet(network.features, nn.Conv2d(network.head.in_features, 10, 1))
+    one_output = models.CAMNet(network.features, nn.Linear(network.head.in_features, 1))
+    for given, words in ((convolution, "linear head"), (one_output, "one output"),
+                         (nn.Conv2d(3, 8, 3), "a Conv2d has no maps")):
+        with pytest.raises(ValueError, match=words):
+            networks.predict_with_maps(given, FACTS, PHOTOS)
+
+
+# ---------------------------------------------------------------- checkpoints
+
+
+def test_checkpoints_are_loaded_in_order_with_one_list_of_looks_or_one_each(tmp_path):
+    first = checkpoint(tmp_path / "first.pt", seed=1)
+    turned = checkpoint(tmp_path / "turned.pt", seed=2, classes=CLASSES[::-1])
+    for looks, sizes in ((None, [[SIZE]] * 2), ([(32, 48)], [[32, 48]] * 2),
+                         ([(48,), (32, 64)], [[48], [32, 64]])):
+        loaded = networks.load_networks([first, turned], looks)
+        assert [list(facts["looks"]) for _, facts in loaded] == sizes
+        assert [facts["classes"][0] for _, facts in loaded] == [CLASSES[0], CLASSES[-1]]
+    with pytest.raises(ValueError, match="--looks has 3 lists for 2 checkpoints"):
+        networks.load_networks([first, turned], [(32,)] * 3)
+
+
+def test_checkpoints_of_other_classes_are_refused(tmp_path):
+    first = checkpoint(tmp_path / "first.pt")
+    pets = checkpoint(tmp_path / "pets.pt", classes=["cat", "dog"])
+    fewer = checkpoint(tmp_path / "fewer.pt", classes=CLASSES[:-1])
+    with pytest.raises(ValueError, match="pets.pt knows other classes than .*first.pt .*cat, dog"):
+        networks.load_networks([first, pets])
+    with pytest.raises(ValueError, match=f"without {CLASSES[-1]}, ..., but with none"):
+        networks.load_networks([first, fewer])
+
+
+def test_looks_that_a_network_cannot_take_are_refused(tmp_path):
+    models.save(tmp_path / "dense.pt", models.build("densenet121"), **facts_of(arch="densenet121"))
+    with pytest.raises(ValueError, match="dense.pt cannot look at 16 x 16 px: .* --looks"):
+        networks.load_networks([tmp_path / "dense.pt"], [(16, 64)])
+
+
+def test_checkpoints_that_do_not_say_how_they_were_trained_are_refused(tmp_path):
+    facts = facts_of()
+    del facts["how"]
+    models.save(tmp_path / "strange.pt", models.cnn(), **facts)
+    with pytest.raises(ValueError, match="strange.pt does not say its how"):
+        networks.load_networks([tmp_path / "strange.pt"])
+
+
+def test_looks_are_parsed_by_the_command_line(capsys):
+    parser = argparse.ArgumentParser()
+    networks.add_looks_option(parser)
+    looks = parser.parse_args(["--looks", "320,224", "64"]).looks
+    assert networks.parse_looks(looks) == [(224, 320), (64,)]
+    assert networks.parse_looks(parser.parse_args([]).looks) is None
+    for bad in ("a", "32,", "32,32", "99999", "0", ""):
+        with pytest.raises(SystemExit):
+            parser.parse_args(["--looks", bad])
+        assert "--looks" in capsys.readouterr().err
+
+
+def test_caption_of_a_network_says_only_what_is_known():
+    facts = facts_of(accuracy=0.8751, accuracy_n=3925)
+    line = f"cnn, trained from scratch, at {SIZE} px: 87.5% of 3,925 val photos right"
+    assert networks.describe(facts) == line
+    facts |= dict(accuracy_on="held-out train", looks=[64, 96])
+    line = "at 64, 96 px: 87.5% of 3,925 held-out train photos right"
+    assert networks.describe(facts).endswith(line)
+    line = ": 87.5% of held-out train right"
+    assert networks.describe(facts | dict(accuracy_n=None)).endswith(line)
+    assert networks.describe(facts | dict(accuracy=None)).endswith(": accuracy not measured")
