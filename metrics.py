@@ -25,7 +25,7 @@ SIZE = 224  # maps meet boxes on a grid of SIZE x SIZE cells, as in Choe et al. 
 THRESHOLDS = torch.arange(100) / 100  # of maps that run from 0 to 1
 IOUS = (0.3, 0.5, 0.7)  # of MaxBoxAccV2
 Z = 1.959964  # 95 % of a normal distribution lie within Z standard deviations
-SEEDS, T = 5, 2.776445  # networks with random weights; Z of Student's t for as many
+SEEDS, T = 5, {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776445}  # random weights; Student's t of S seeds
 
 
 # ---------------------------------------------------------------- means and their intervals
@@ -85,7 +85,7 @@ def mean_interval(values, variance=0.0):
     per_photo = table.mean(0)
     variance = max(variance, float(per_photo.var(correction=0)) / n)
     if seeds > 1:
-        variance += float(table.mean(1).var()) / seeds * (T / Z) ** 2
+        variance += float(table.mean(1).var()) / seeds * (T[seeds] / Z) ** 2
     mean = float(per_photo.mean())
     return Estimate(mean, *interval_of_mean(mean, variance, n), n, per_photo)
 
