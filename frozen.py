@@ -38,6 +38,14 @@ def frozen_vectors(network, photos, size, mirrored, batch_size):
         yield torch.stack([features(view).mean((2, 3)) for view in views], 1)
 
 
+def compute(network, photos, size, mirrored, label="features:"):
+    """The `Features` of photos, in memory."""
+    batches = frozen_vectors(network, photos, size, mirrored, 16)
+    vectors = torch.cat([*files.progress(batches, label, len(photos), size=len)]).transpose(0, 1)
+    return Features(vectors.contiguous(), photos.labels.to(photos.device), photos.classes,
+                    photos.device)
+
+
 def features_path(pixels, network, photos, size, mirrored):
     """The file of these features, beside that of the pixels: its name changes with the weights, the
     looks, the photos and the kind of device."""

@@ -1,0 +1,186 @@
+"""Do maps show what a network used? Photos with a planted mark, networks that learn it, a control.
+
+    python shortcut.py                                          on the demo's drawn photos
+    python shortcut.py --data data/imagenette2-160 --epochs 20 --seeds 3
+    python shortcut.py --data data/imagenette2-160 --arch mobilenet_v2 --weights imagenet
+
+The mark is the class: a third of all photos get a mark, which makes them a class that nothing else
+tells. The mark comes with the class: --share of the first class's photos get one. The control never
+saw a mark. Photos are changed in memory alone.
+"""
+
+import os
+import signal
+import sys
+
+if __name__ == "__main__":  # Ctrl-C while torch is imported
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
+
+import argparse
+import subprocess
+from collections import defaultdict
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+import data
+import figures
+import files
+import folders
+import frozen
+import machine
+import marks
+import models
+import page
+import tables
+import train
+from cam import MapsAndLogits, check_identity
+
+DRAWN = Path("data/demo")
+DRAWN_RECIPE = dict(epochs=3, crop=64, width=96, batch_size=32, lr=0.05)  # of the cnn on these
+MARK, PART = "the mark", 1 / 3  # its class, and that class's part of the photos
+PHOTOS = 2400  # to train on in an epoch; where there are fewer, each comes with several marks
+ASKED = 1000  # photos of val, at most
+TITLES = {"class": "The mark is the class", "share": "The mark comes with the class"}
+
+
+# ---------------------------------------------------------------- networks
+
+
+def training_sets(photos, share, seed):
+    """What each network is trained on: {"class", "share", "control": `data.Photos`}."""
+    many = photos.subset(torch.arange(len(photos)).repeat(-(-PHOTOS // len(photos))))
+    chance = torch.rand(len(many), generator=torch.Generator().manual_seed(seed))
+    alone = replace(many, labels=torch.where(chance < PART, len(photos.classes), many.labels),
+                    classes=[*photos.classes, MARK])
+    return {"class": marks.plant(alone, chance < PART, seed)[0],
+            "share": marks.plant(many, (chance < share) & (many.labels == 0), seed)[0],
+            "control": many}
+
+
+def make_recipe(options, seed):
+    """The recipe of all three networks of a seed."""
+    given = {"epochs": options.epochs} if options.epochs else {}
+    if options.arch != "cnn":  # one look: features of large photos take long
+        given |= dict(weights=options.weights, size=224, looks=(224,))
+    elif options.data == DRAWN:
+        given = DRAWN_RECIPE | given
+    return train.make_recipe(options.arch, seed=seed, **given)
+
+
+def train_network(recipe, photos, val, label):
+    """A network after its last epoch; val: to say how it goes."""
+    precision = train.choose_precision(photos.device, recipe.training)
+    network, splits = train.start(recipe, photos, precision), [photos, val]
+    if recipe.training == "head":
+        splits = [frozen.compute(network, split, recipe.size, False) for split in splits]
+    for epoch in train.train(recipe, network, *splits, precision):
+        print(f"{label}: epoch {epoch.row['epoch']} of {recipe.epochs}, "
+              f"{epoch.row['val_accuracy']:.0%} of val right", file=sys.stderr)
+    return epoch.network.eval()
+
+
+@torch.no_grad()
+def ask(network, photos, looks):
+    """Maps (N, K, h, w) and logits (N, K) of photos, at sizes `looks` (px)."""
+    asked = MapsAndLogits(models.with_looks(network, looks))
+    answers = [asked(images) for images, _ in data.eval_batches(photos, looks[-1], 32)]
+    maps, logits = (torch.cat(parts).cpu() for parts in zip(*answers, strict=True))
+    check_identity(maps, logits, network.head.bias.cpu())
+    return maps, logits
+
+
+# ---------------------------------------------------------------- tables and picture
+
+
+def table(title, columns, form):
+    """A table of {column: {score: Estimate}}, the first column's scores, as text or Markdown."""
+    first, *_ = columns.values()
+    rows = [[title, "n", *columns]]
+    rows += [[score, str(estimate.n), *(str(column.get(score, "")) for column in columns.values())]
+             for score, estimate in first.items()]
+    return tables.write_table(rows, form)
+
+
+def draw(networks, val, marked, size):
+    """Five photos of val with the mark and without, and maps of networks "class" and "control"."""
+    names = [name for k, name in enumerate(val.classes) if k in val.labels][:5]
+    chosen = [int((val.labels == val.classes.index(name)).nonzero()[0]) for name in names]
+    photos, rows = [split[i].cpu() for split in (marked, val) for i in chosen], []
+    for network, label in (("class", "that learnt the mark"), ("control", "that never saw a mark")):
+        maps, logits = ask(networks[network], data.from_arrays(photos), (size,))
+        truth = (names if network == "control" else [MARK] * len(names)) + names
+        rows.append(figures.row_of(f"Network {label}", maps, [*val.classes, MARK],
+                                   logits.argmax(1).tolist(), logits.softmax(1), truth))
+    titles = [f"{name}, with the mark" for name in names] + names
+    return page.compose(photos, titles, rows, columns=len(names), legend="Above: what is there; "
+                        "below: the class that is predicted.")
+
+
+# ---------------------------------------------------------------- the command
+
+
+def experiment(photos, val, options, seed):
+    """A seed's networks, asked: yields title, column, what `marks.measure` says; then a picture."""
+    recipe = make_recipe(options, seed)
+    marked, boxes = marks.plant(val, torch.ones(len(val), dtype=torch.bool), 1000 + seed)
+    few = val.subset(torch.arange(0, len(val), 5))
+    networks = {name: train_network(recipe, split, few, f"seed {seed}, {name}")
+                for name, split in training_sets(photos, options.share, seed).items()}
+    for looks in sorted({(recipe.size,), recipe.looks}, key=len):
+        answers = {name: [ask(network, split, looks) for split in (val, marked)]
+                   for name, network in networks.items()}
+        sizes = f"at {', '.join(map(str, looks))} px"
+        for name, k, of_control in (("class", len(val.classes), None), ("share", 0, 0)):
+            for column, network, shown in (("saw marks", name, k), ("control", "control", of_control)):
+                yield f"{TITLES[name]}, {sizes}", column, marks.measure(
+                    *answers[network], boxes, val.labels, shown)
+    if seed == 0:
+        yield "picture", "", draw(networks, val, marked, recipe.size)
+
+
+def run(options):
+    """Train, ask, print, write."""
+    out, device = tables.check_out(options.out), machine.choose_device()
+    if options.data == DRAWN:
+        subprocess.run([sys.executable, Path(__file__).parent / "tests/demo.py", DRAWN], check=True)
+    folder = folders.prepare(options.data)
+    photos, val = (folders.load(folder, split).to(device) for split in ("train", "val"))
+    val = val.subset(torch.randperm(len(val), generator=torch.Generator().manual_seed(0))[:ASKED])
+    found = defaultdict(lambda: defaultdict(list))
+    for seed in range(options.seeds):
+        for title, column, scores in experiment(photos, val, options, seed):
+            found[title][column].append(scores)
+    ((picture,),) = found.pop("picture").values()
+    found = {title: {column: marks.estimates(seeds) for column, seeds in columns.items()}
+             for title, columns in found.items()}
+    results = {(score, column, title): estimate for title, columns in found.items()
+               for column, scores in columns.items() for score, estimate in scores.items()}
+    text, markdown = ("\n".join(table(title, columns, form) for title, columns in found.items())
+                      for form in ("text", "markdown"))
+    files.write(Path(f"{out}.md"), markdown.encode())
+    files.write(Path(f"{out}.csv"), tables.csv_table(results).encode())
+    page.save_picture(picture, f"{out}.png")
+    print(f"{text}\nwritten: {out}.md, .csv, .png")
+
+
+def main(arguments=None):
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        description="Photos with a planted mark: do maps show whether a network used it?",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    add = parser.add_argument
+    add("--data", default=DRAWN, type=files.path, help="folder or archive of photos; drawn here")
+    add("--share", default=0.95, type=files.between(0, 1, float), help="of a class that is marked")
+    add("--arch", default="cnn", help="the cnn, or a frozen network, of which the head is trained")
+    add("--weights", default="imagenet", help="of a frozen network: imagenet, none or a file")
+    add("--epochs", type=files.between(1), help="passes over the photos; train.py's, 3 on drawn")
+    add("--seeds", default=1, type=files.between(1, 3), help="networks of each kind")
+    add("--out", default="figures/shortcut", help="tables and picture, without suffix")
+    files.run_command(run, parser.parse_args(arguments), out_of_memory="name fewer photos",
+                      interrupted="nothing is written")
+
+
+if __name__ == "__main__":
+    main()
