@@ -54,7 +54,7 @@ class Recipe:
     plain_crop: bool = False
     holdout: float = 0.0  # share of train that is validated on, in place of val
     seed: int = 0
-    version: int = 5  # of what the fields do not say: optimiser, schedule, crops
+    version: int = 6  # of what the fields do not say: optimiser, schedule, crops
 
 
 DEFAULTS = {  # everything from random weights, the head of a pretrained network, or all its layers
