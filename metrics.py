@@ -25,7 +25,8 @@ SIZE = 224  # maps meet boxes on a grid of SIZE x SIZE cells, as in Choe et al. 
 THRESHOLDS = torch.arange(100) / 100  # of maps that run from 0 to 1
 IOUS = (0.3, 0.5, 0.7)  # of MaxBoxAccV2
 Z = 1.959964  # 95 % of a normal distribution lie within Z standard deviations
-SEEDS, T = 5, {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776445}  # random weights; Student's t of S seeds
+SEEDS = 5  # networks with random weights
+T = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776445}  # Student's t, 95 %, of as many seeds
 
 
 # ---------------------------------------------------------------- means and their intervals

@@ -133,7 +133,8 @@ def experiment(photos, val, options, seed):
                    for name, network in networks.items()}
         sizes = f"at {', '.join(map(str, looks))} px"
         for name, k, of_control in (("class", len(val.classes), None), ("share", 0, 0)):
-            for column, network, shown in (("saw marks", name, k), ("control", "control", of_control)):
+            asked = ("saw marks", name, k), ("control", "control", of_control)
+            for column, network, shown in asked:
                 yield f"{TITLES[name]}, {sizes}", column, marks.measure(
                     *answers[network], boxes, val.labels, shown)
     if seed == 0:
