@@ -315,7 +315,7 @@ def training_row(group, number, name, to_beat):
     recipe = group[0]["recipe"]
     seeds = f", {len(group)} seeds" if len(group) > 1 else ""
     earlier = recipe["training"] == "scratch" and recipe["version"] < train.Recipe.version
-    label = (name or f"`{group[0]['name']}`") + seeds + ", an earlier recipe" * earlier
+    label = (name or f"`{group[0]['name']}`") + seeds + ", old" * earlier
     time = duration(statistics.mean(facts["seconds"] for facts in group))
     time += " on features" * (recipe["training"] == "head")  # the pass that stores them is not in
     last = per_cent([facts["last_accuracy"] for facts in group])
