@@ -140,6 +140,19 @@ def prepare_photos(recipe, folder, skip_bad, device):
     return photos, val
 
 
+def remarks_on_few(recipe, photos, val):
+    """Sentences where there are so few photos that training, or its accuracy, means little."""
+    steps, found = len(data.shuffled(photos, recipe.batch_size, None)), []
+    if recipe.training == "scratch" and steps * recipe.epochs < 1000 and recipe.epochs > 20:
+        found.append(f"{photos:,} photos make {steps * recipe.epochs:,} steps of {recipe.epochs} "
+                     f"epochs, and a network from scratch wants thousands: use --epochs "
+                     f"{-(-5000 // steps):,} (make: EPOCHS=), or a pretrained network")
+    if val < 100:  # half of the 95 % interval of an accuracy of 50 %
+        found.append(f"{val} photos to validate on tell an accuracy to about {98 / val**0.5:.0f} "
+                     "points: add some")
+    return found
+
+
 @torch.no_grad()
 def check_sizes(network, recipe, count):
     """Raise ValueError where `network` cannot take images of the recipe's sizes, or the smallest
@@ -196,6 +209,9 @@ def train_run(recipe, options):
     if min(len(val), *lengths) < world:
         raise ValueError(f"{world} processes are more than a batch or val has photos: use a larger "
                          f"--batch-size than {recipe.batch_size}, or fewer processes")
+    if rank == 0 and not options.dry_run:
+        for remark in remarks_on_few(recipe, len(photos), len(val)):
+            print(f"{folder}: {remark}", file=sys.stderr)
     run = Run(options.runs / options.name, recipe, photos, val)
     goes_on = (run.folder / "last.pt").exists() and not options.dry_run  # all weights are in there
     begun = replace(recipe, weights=None) if goes_on else recipe

@@ -15,7 +15,7 @@ from math import hypot
 import torch
 
 import data
-from metrics import T, Estimate, mean_interval
+from metrics import Estimate, T, mean_interval
 
 SIDE, EDGE = (0.06, 0.08), 0.08  # of a mark, and from it to the photo's edge, in shorter sides
 

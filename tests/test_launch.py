@@ -338,3 +338,13 @@ def test_more_processes_than_photos_in_a_batch_are_refused(demo, tmp_path, call,
     monkeypatch.setattr(train, "processes", lambda: (0, 64))
     result = call("train.py", *arguments(demo, tmp_path))
     assert refused(result, "64 processes", "--batch-size", "fewer processes")
+
+
+def test_few_photos_are_said_to_be_few():
+    recipe = train.make_recipe("cnn")
+    few, val = launch.remarks_on_few(recipe, 37, 5)
+    assert "37 photos make 100 steps of 100 epochs" in few and "--epochs 5,000" in few
+    assert "5 photos to validate on tell an accuracy to about 44 points" in val
+    assert launch.remarks_on_few(recipe, 9469, 3925) == []
+    assert launch.remarks_on_few(train.make_recipe("resnet18"), 37, 500) == []
+    assert launch.remarks_on_few(train.make_recipe("cnn", epochs=2), 600, 200) == []
