@@ -344,7 +344,7 @@ def load(path, device="cpu", looks=None):
                          "(runs/*/best.pt)")
     try:
         state = facts.pop("state")
-        facts["width"] = state["head.weight"].shape[1] // 2  # of a cnn
+        facts.setdefault("width", state["head.weight"].shape[1] // 2)  # of a cnn
         network = build(facts["arch"], len(facts["classes"]), width=facts["width"])
         network.load_state_dict(state)
         facts["looks"] = sorted(looks or facts["looks"])

@@ -45,8 +45,9 @@ class Run:
                              data=[photos.fingerprint, val.fingerprint])
         how = {"head": "only its last layer trained", "scratch": "trained from scratch",
                "all": "every layer fine-tuned" if recipe.weights else "trained from scratch"}
-        self.facts = dict(arch=recipe.arch, classes=photos.classes, mean=data.MEAN, std=data.STD,
-                          looks=list(recipe.looks), how=how[recipe.training],
+        self.facts = dict(arch=recipe.arch, width=recipe.width, classes=photos.classes,
+                          mean=data.MEAN, std=data.STD, looks=list(recipe.looks),
+                          how=how[recipe.training],
                           accuracy_on="held-out train" if recipe.holdout else "val",
                           accuracy_n=len(val), settings=self.settings, code=code_digest(),
                           trained_on=list(photos.digests))

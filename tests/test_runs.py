@@ -29,6 +29,7 @@ from conftest import (
     training_stopped_after,
 )
 from PIL import Image, ImageDraw
+from torch import nn
 
 import data
 import files
@@ -167,6 +168,21 @@ def test_a_network_trained_with_one_look_gets_the_accuracy_of_all(demo, tmp_path
     float32 = train.Precision(None, False, torch.contiguous_format)
     accuracy = round(accuracy_of(network, batches, float32), 5)
     assert accuracy == facts["accuracy"] == result["accuracies"]["16 24 32"]
+
+
+def test_a_network_of_ones_own_in_place_of_the_cnn_is_trained_and_kept(demo, tmp_path,
+                                                                       monkeypatch):
+    """Written into models.py alone: its width is what it makes of it."""
+
+    def cnn(classes=10, width=192):
+        features = nn.Sequential(nn.Conv2d(3, width, 7, 4, 3), nn.ReLU(), nn.Conv2d(width, 5, 3))
+        return models.CAMNet(features, nn.Linear(5, classes))
+
+    monkeypatch.setattr(models, "cnn", cnn)
+    training(demo, tmp_path, "--looks", "16,32", epochs=2)
+    network, facts = models.load(tmp_path / "cnn" / "best.pt")
+    assert facts["width"] == 16 and network.head.in_features == 5
+    assert facts["accuracy"] is not None
 
 
 def drawn(rows):
