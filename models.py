@@ -37,8 +37,7 @@ class CAMNet(nn.Module):
 
 
 class Looks(nn.Module):
-    """The features of an image, averaged over looks at several sizes; itself the features of a
-    CAMNet.
+    """The mean of an image's features at several sizes; itself the `features` of a CAMNet.
 
     sizes: px, ascending. (N, 3, H, W) -> (N, C, h, w): the image is resized to a square of each
     size (feed it at the largest), and the feature maps are upsampled to the largest and averaged.
@@ -55,8 +54,7 @@ class Looks(nn.Module):
 
 
 def resize(x, size):
-    """(N, C, H, W) at `size` (h, w), bilinear, antialiased where it shrinks; as it is at its
-    own."""
+    """(N, C, H, W) at `size` (h, w), bilinear, antialiased where it shrinks."""
     if x.shape[2:] == torch.Size(size):
         return x
     shrinks = x.shape[2] > size[0] or x.shape[3] > size[1]
@@ -88,8 +86,7 @@ class ConvNorm(nn.Sequential):
 
 
 class Residual(nn.Module):
-    """x + f(x), f two convolutions. f begins as zero, the network as a shallow one (Goyal et al.
-    2017)."""
+    """x + f(x), f two convolutions, which begin as zero (Goyal et al. 2017)."""
 
     def __init__(self, channels):
         super().__init__()
@@ -103,14 +100,14 @@ class Residual(nn.Module):
 
 
 def cnn(classes=10, width=192):
-    """The CNN that is trained from scratch: 2.9 million parameters, a map of 1/8 of the image's
+    """The CNN that is trained from scratch: 2.9 million parameters, maps of 1/8 of the image's
     side.
 
     width: channels at 1/8, where they are cheap (few pixels are left), and where the map is made.
     Averages of 2 x 2 halve the image without aliasing (Zhang 2019): after 5 epochs 3 points more
-    are right than with convolutions of stride 2. Like the first layer's 4 x 4 filters they keep a
-    cell of the map exactly where upsampling draws it; 3 x 3 filters of stride 2 put it 3.5 pixels
-    off.
+    are right than with convolutions of stride 2. Like the 4 x 4 filters of the first layer they
+    keep a cell of the map where upsampling draws it; 3 x 3 filters of stride 2 would put it 3.5
+    pixels off.
     """
     features = nn.Sequential(
         ConvNorm(3, 32, size=4, stride=2),  # 1/2
@@ -132,10 +129,9 @@ def whiten(network, images, eps=1e-3):
 
     images: (N, 3, H, W). Patches of pixels vary mostly in brightness. Their largest principal
     components, each divided by its standard deviation, are uncorrelated and vary alike, so that the
-    layers above learn from all of them at once (Coates & Ng 2012; Jordan 2024); without it, a short
-    training is some points worse. Half of the filters are the negatives of the others, for ReLU
-    drops one side. A first convolution of another kind (a bias, groups, more filters than
-    components) is left as it is.
+    layers above learn from all of them at once (Coates & Ng 2012; Jordan 2024). Half of the filters
+    are the negatives of the others, for ReLU drops one side. A first convolution of another kind
+    (a bias, groups, more filters than components) is left as it is.
     """
     conv = next((m for m in network.features.modules() if isinstance(m, nn.Conv2d)), None)
     if (conv is None or conv.bias is not None or conv.weight.shape[1] != images.shape[1]
@@ -193,8 +189,7 @@ def build(arch, classes=10, weights=None, width=192):
 def take_apart(network, arch):
     """A torchvision classifier as a CAMNet of the same modules, checked against its own forward.
 
-    All that comes before the pooling becomes `features`; what comes after it must be one linear
-    layer.
+    All before the pooling becomes `features`; what comes after it must be one linear layer.
     """
     *body, (_, last) = network.named_children()
     steps = [m for m in (last if isinstance(last, nn.Sequential) else [last])
@@ -225,8 +220,7 @@ def take_apart(network, arch):
 
 
 def read_weights(weights, arch):
-    """A state dict of `arch`: torchvision's, by its name, kept in torch's own cache, or that of a
-    file.
+    """A state dict of `arch`: torchvision's, by its name, kept in torch's own cache, or a file's.
 
     What training scripts wrap around it is taken off: {"state_dict": ...}, "module." before names.
     """
@@ -250,8 +244,7 @@ def read_weights(weights, arch):
 
 
 def load_features(network, state, source, arch):
-    """Load all but the last layer of a state dict with torchvision's key names, and nothing
-    else."""
+    """Load all but the last layer of a state dict with torchvision's key names."""
     *_, (last, _) = network.named_children()
     own = network.state_dict()
     # densenet's files say denselayer1.norm.1 where its modules are named denselayer1.norm1
