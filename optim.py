@@ -38,15 +38,14 @@ def orthogonalise(matrices, dtype=torch.float32):
 
 
 class Muon(torch.optim.Optimizer):
-    """SGD with Nesterov momentum, the step of every convolution made orthogonal (Jordan et al.
-    2024).
+    """SGD with Nesterov momentum, the step of every bank of filters made orthogonal.
 
-    A gradient is dominated by few directions; orthogonal, a step moves all of them alike: with SGD
-    instead, short trainings are some points worse. What is no bank of filters over many channels
-    (vectors, linear layers, filters of a photo's 3 channels) takes the plain step, at PLAIN_LR
-    times the rate. Only the banks decay: batch normalisation cancels a filter's scale, and decay
-    keeps it from growing, which would shrink the effective step. Banks of one shape are one stack
-    of matrices. (torch.optim.Muon takes 2-D parameters, one by one: 30 times slower on a CPU.)
+    A gradient is dominated by few directions; orthogonal, a step moves all of them alike (Jordan et
+    al. 2024). What is no bank over many channels (vectors, linear layers, filters of a photo's 3
+    channels) takes the plain step, at `plain_lr` times the rate. Only the banks decay: batch
+    normalisation cancels their scale, and decay keeps it from growing, which would shrink the
+    effective step. Banks of one shape are a group, and one stack of matrices.
+    (torch.optim.Muon takes 2-D parameters, one by one: 30 times slower on a CPU.)
     """
 
     def __init__(self, network, lr, weight_decay, momentum=0.9, plain_lr=5.0,
