@@ -278,8 +278,7 @@ def test_validation_asks_the_device_for_nothing(fake_device):
     photos = on_fake_cuda(data.from_arrays([black] * 8, torch.arange(8)))
     precision = train.Precision(torch.bfloat16, False, torch.channels_last, torch.bfloat16)
     fake_device.watches = False
-    with torch.device("cuda"):
-        network = models.cnn()
+    network = models.cnn(width=16).to("cuda")
     fake_device.watches = True
     totals = train.evaluate(network, data.eval_batches(photos, 16, 4), precision, 10)
     assert totals.device.type == "cuda" and totals.shape == (3, 10)
