@@ -39,7 +39,7 @@ GIVEN   := $(EPOCHS)$(SEED)$(WEIGHTS)$(SIZE)$(LOOKS)
 trained = $(if $(GIVEN),false,[ -e "$(RUNS)/$(1)/result.json" ]) || \
           $(MAKE) --no-print-directory $(2)
 
-.PHONY: help demo data train-cnn finetune networks figure score test test-long bench \
+.PHONY: help demo shortcut data train-cnn finetune networks figure score test test-long bench \
         bench-accuracy results lint clean clean-runs python python-dev
 .DELETE_ON_ERROR:
 
@@ -61,6 +61,9 @@ demo: $(ENV)  ## everything, offline, on photos drawn here: two networks, the fi
 	"$(PYTHON)" score.py $(DEMOED) $(DEMO) --deletion 0 --out "$(FIGURES)/demo-scores" > /dev/null
 	"$(PYTHON)" cam.py figure $(DEMO) --models $(DEMOED) --out "$(FIGURES)/demo.png" > /dev/null
 	@"$(PYTHON)" tests/reading.py "$(FIGURES)/demo-scores.csv" "$(FIGURES)/demo.png"
+
+shortcut: $(ENV)  ## a mark planted in photos, networks that learn it: do their maps show it? offline, or DATA=
+	"$(PYTHON)" shortcut.py $(SOURCE) $(if $(EPOCHS),--epochs "$(EPOCHS)") --out "$(FIGURES)/shortcut"
 
 data: $(ENV)  ## ImageNette-160: downloaded, or from DATA=; checked and decoded
 	"$(PYTHON)" data.py $(if $(DATA),"$(DATA)")

@@ -117,10 +117,10 @@ def claims(before, maps, added, boxes):
               "the mark adds to the logit": (mean, added)}
     for margin, nearby in enumerate(cells):
         says, change = (values.mul(nearby).mean((1, 2)) for values in (maps, maps - before))
-        scores |= {f"its cells and {margin} around: the map says": (mean, says),
-                   f"  {margin}: correlation with what it adds": (correlated, says, added),
-                   f"  {margin}: median ratio to what it adds": (median_ratio, says, added),
-                   f"  {margin}: median ratio of the change": (median_ratio, change, added)}
+        where = f"its cells and {margin} around"
+        scores |= {f"{where}, map: correlation with that": (correlated, says, added),
+                   f"{where}, map: median share of that": (median_ratio, says, added),
+                   f"{where}, change of map: the same": (median_ratio, change, added)}
     return scores
 
 

@@ -38,32 +38,33 @@ import train
 from cam import MapsAndLogits, check_identity
 
 DRAWN = Path("data/demo")
-DRAWN_RECIPE = dict(epochs=3, crop=64, width=96, batch_size=32, lr=0.05)  # of the cnn on these
-MARK, PART = "the mark", 1 / 3  # its class, and that class's part of the photos
-PHOTOS = 2400  # to train on in an epoch; where there are fewer, each comes with several marks
+DRAWN_RECIPE = dict(epochs=1, crop=64, width=96, batch_size=32, lr=0.05)  # of the cnn on these:
+PHOTOS = 7200  # in an epoch, at least: where there are fewer, each comes often, always marked anew
 ASKED = 1000  # photos of val, at most
+MARK, PART = "the mark", 1 / 3  # its class, and that class's part of the photos
+COLUMNS = "saw marks", "control"
 TITLES = {"class": "The mark is the class", "share": "The mark comes with the class"}
 
 
-# ---------------------------------------------------------------- networks
-
-
-def training_sets(photos, share, seed):
-    """What each network is trained on: {"class", "share", "control": `data.Photos`}."""
+def training_set(name, photos, share, seed):
+    """What network "class", "share" or "control" is trained on. In one epoch crops are whole
+    photos, so that no mark is cut off; in many, marks that crops miss weaken what is learnt."""
     many = photos.subset(torch.arange(len(photos)).repeat(-(-PHOTOS // len(photos))))
     chance = torch.rand(len(many), generator=torch.Generator().manual_seed(seed))
-    alone = replace(many, labels=torch.where(chance < PART, len(photos.classes), many.labels),
-                    classes=[*photos.classes, MARK])
-    return {"class": marks.plant(alone, chance < PART, seed)[0],
-            "share": marks.plant(many, (chance < share) & (many.labels == 0), seed)[0],
-            "control": many}
+    marked = {"class": chance < PART, "share": (chance < share) & (many.labels == 0),
+              "control": chance < 0}[name]
+    if name == "class":
+        many = replace(many, labels=torch.where(marked, len(photos.classes), many.labels),
+                       classes=[*photos.classes, MARK])
+    return marks.plant(many, marked, seed)[0]
 
 
 def make_recipe(options, seed):
     """The recipe of all three networks of a seed."""
     given = {"epochs": options.epochs} if options.epochs else {}
     if options.arch != "cnn":  # one look: features of large photos take long
-        given |= dict(weights=options.weights, size=224, looks=(224,))
+        weights = None if options.weights == "none" else options.weights
+        given |= dict(weights=weights, size=224, looks=(224,))
     elif options.data == DRAWN:
         given = DRAWN_RECIPE | given
     return train.make_recipe(options.arch, seed=seed, **given)
@@ -91,15 +92,13 @@ def ask(network, photos, looks):
     return maps, logits
 
 
-# ---------------------------------------------------------------- tables and picture
-
-
-def table(title, columns, form):
-    """A table of {column: {score: Estimate}}, the first column's scores, as text or Markdown."""
-    first, *_ = columns.values()
-    rows = [[title, "n", *columns]]
-    rows += [[score, str(estimate.n), *(str(column.get(score, "")) for column in columns.values())]
-             for score, estimate in first.items()]
+def table(results, title, form):
+    """The scores {(score, column, title): Estimate} under a title, as "text" or "markdown"."""
+    rows = [[title, "n", *COLUMNS]]
+    for score, column, of in results:
+        if (column, of) == (COLUMNS[0], title):
+            of_score = [results.get((score, column, title), "") for column in COLUMNS]
+            rows.append([score, str(of_score[0].n), *map(str, of_score)])
     return tables.write_table(rows, form)
 
 
@@ -113,32 +112,27 @@ def draw(networks, val, marked, size):
         truth = (names if network == "control" else [MARK] * len(names)) + names
         rows.append(figures.row_of(f"Network {label}", maps, [*val.classes, MARK],
                                    logits.argmax(1).tolist(), logits.softmax(1), truth))
-    titles = [f"{name}, with the mark" for name in names] + names
+    titles = [f"{name} + mark" for name in names] + names
     return page.compose(photos, titles, rows, columns=len(names), legend="Above: what is there; "
                         "below: the class that is predicted.")
 
 
-# ---------------------------------------------------------------- the command
-
-
-def experiment(photos, val, options, seed):
-    """A seed's networks, asked: yields title, column, what `marks.measure` says; then a picture."""
-    recipe = make_recipe(options, seed)
-    marked, boxes = marks.plant(val, torch.ones(len(val), dtype=torch.bool), 1000 + seed)
-    few = val.subset(torch.arange(0, len(val), 5))
-    networks = {name: train_network(recipe, split, few, f"seed {seed}, {name}")
-                for name, split in training_sets(photos, options.share, seed).items()}
+def experiment(photos, val, recipe, share):
+    """A seed's networks; val, marked; and {(title, column): what `marks.measure` says}."""
+    marked, boxes = marks.plant(val, torch.ones(len(val), dtype=torch.bool), 1000 + recipe.seed)
+    few, scores = val.subset(torch.arange(0, len(val), 5)), {}
+    networks = {name: train_network(recipe, training_set(name, photos, share, recipe.seed), few,
+                                    f"seed {recipe.seed}, {name}") for name in (*TITLES, "control")}
     for looks in sorted({(recipe.size,), recipe.looks}, key=len):
         answers = {name: [ask(network, split, looks) for split in (val, marked)]
                    for name, network in networks.items()}
-        sizes = f"at {', '.join(map(str, looks))} px"
-        for name, k, of_control in (("class", len(val.classes), None), ("share", 0, 0)):
-            asked = ("saw marks", name, k), ("control", "control", of_control)
-            for column, network, shown in asked:
-                yield f"{TITLES[name]}, {sizes}", column, marks.measure(
-                    *answers[network], boxes, val.labels, shown)
-    if seed == 0:
-        yield "picture", "", draw(networks, val, marked, recipe.size)
+        for name, k in (("class", len(val.classes)), ("share", 0)):
+            title = f"{TITLES[name]}, at {', '.join(map(str, looks))} px"
+            shown = {name: k, "control": None if name == "class" else k}  # it has no class MARK
+            for column, network in zip(COLUMNS, shown, strict=True):
+                scores[title, column] = marks.measure(*answers[network], boxes, val.labels,
+                                                      shown[network])
+    return networks, marked, scores
 
 
 def run(options):
@@ -149,34 +143,33 @@ def run(options):
     folder = folders.prepare(options.data)
     photos, val = (folders.load(folder, split).to(device) for split in ("train", "val"))
     val = val.subset(torch.randperm(len(val), generator=torch.Generator().manual_seed(0))[:ASKED])
-    found = defaultdict(lambda: defaultdict(list))
+    found = defaultdict(list)
     for seed in range(options.seeds):
-        for title, column, scores in experiment(photos, val, options, seed):
-            found[title][column].append(scores)
-    ((picture,),) = found.pop("picture").values()
-    found = {title: {column: marks.estimates(seeds) for column, seeds in columns.items()}
-             for title, columns in found.items()}
-    results = {(score, column, title): estimate for title, columns in found.items()
-               for column, scores in columns.items() for score, estimate in scores.items()}
-    text, markdown = ("\n".join(table(title, columns, form) for title, columns in found.items())
+        recipe = make_recipe(options, seed)
+        networks, marked, scores = experiment(photos, val, recipe, options.share)
+        for key, of_seed in scores.items():
+            found[key].append(of_seed)
+    results = {(score, column, title): estimate for (title, column), seeds in found.items()
+               for score, estimate in marks.estimates(seeds).items()}
+    titles = list(dict.fromkeys(title for title, _ in found))
+    text, markdown = ("\n".join(table(results, title, form) for title in titles)
                       for form in ("text", "markdown"))
     files.write(Path(f"{out}.md"), markdown.encode())
     files.write(Path(f"{out}.csv"), tables.csv_table(results).encode())
-    page.save_picture(picture, f"{out}.png")
+    page.save_picture(draw(networks, val, marked, recipe.size), f"{out}.png")
     print(f"{text}\nwritten: {out}.md, .csv, .png")
 
 
 def main(arguments=None):
     """The command line."""
-    parser = argparse.ArgumentParser(
-        description="Photos with a planted mark: do maps show whether a network used it?",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = argparse.ArgumentParser(description="Do maps show whether a planted mark was used?",
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
     add("--data", default=DRAWN, type=files.path, help="folder or archive of photos; drawn here")
     add("--share", default=0.95, type=files.between(0, 1, float), help="of a class that is marked")
     add("--arch", default="cnn", help="the cnn, or a frozen network, of which the head is trained")
     add("--weights", default="imagenet", help="of a frozen network: imagenet, none or a file")
-    add("--epochs", type=files.between(1), help="passes over the photos; train.py's, 3 on drawn")
+    add("--epochs", type=files.between(1), help="of training; train.py's, but 1 on drawn photos")
     add("--seeds", default=1, type=files.between(1, 3), help="networks of each kind")
     add("--out", default="figures/shortcut", help="tables and picture, without suffix")
     files.run_command(run, parser.parse_args(arguments), out_of_memory="name fewer photos",
