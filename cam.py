@@ -6,9 +6,10 @@
 
 The network is features -> global average pooling -> one linear layer. So the mean of a class's map
 plus its bias *is* its logit: a cell, divided by the number of cells, is what that place adds to the
-class's score (orange) or takes from it (blue). This file imports nothing of the project: copy it.
+class's score (orange) or takes from it (blue). `cam.explain(network, images)` finds these parts in
+any network, and checks that. This file imports nothing of the project: copy it.
 
-    python cam.py figure | explain | gallery                         # pages of maps: see figures.py
+    python cam.py figure | explain | gallery | predict               # pages of maps: see figures.py
 """
 
 import math
@@ -65,6 +66,40 @@ def check_identity(maps, logits, bias=None):
     if not error < tolerance * (1 + logits.abs().max()):  # NaN is refused too
         raise ValueError(f"the maps miss the logits by {error:.2g}: this network's score is not "
                          "the mean of a map plus a bias, or it holds numbers that are not finite")
+
+
+@torch.no_grad()
+def explain(network, images):
+    """Maps (N, K, h, w) and logits (N, K) of images (N, 3, H, W), as the network takes them.
+
+    network: any that ends in global average pooling and one linear layer, torchvision's or one's
+    own; its mode and weights stay as they are. Raises ValueError: it is of another shape.
+    """
+    network = getattr(network, "_orig_mod", network)  # of torch.compile, which leaves hooks out
+    *_, head = [None, *(module for module in network.modules() if isinstance(module, nn.Linear))]
+    features = None
+
+    def keep(module, inputs, output):
+        nonlocal features
+        if torch.is_tensor(output) and output.dim() == 4 and output.shape[1] == head.in_features:
+            if features is None or output[0, 0].numel() > 1:  # one cell: what the pooling returns
+                features = output
+
+    training = [module for module in network.modules() if module.training]
+    hooks = [module.register_forward_hook(keep) for module in network.modules() if head]
+    try:
+        logits = network.eval()(images) if head else None
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for module in training:  # eval() is for all modules, and a frozen one was in it before
+            module.training = True
+    if features is None or not torch.is_tensor(logits):
+        raise ValueError(f"a {type(network).__name__} has no maps: it needs features (N, C, h, w), "
+                         "their mean over places, and a linear head on that")
+    maps = class_activation_maps(features, head.weight)
+    check_identity(maps, logits, head.bias)
+    return maps, logits
 
 
 # ---------------------------------------------------------------- colour

@@ -1,6 +1,7 @@
 """Trained networks, to be asked what they see in photos and where.
 
-    loaded = networks.load_networks(["runs/resnet18/best.pt", "runs/cnn/best.pt"])
+    loaded = networks.load_networks(["runs/cnn/best.pt"])        # checkpoints
+    loaded = networks.load_networks(["resnet18"])                # torchvision's, of ImageNet
     for network, facts in loaded:
         maps, logits, probabilities = networks.predict_with_maps(network, facts, photos)
         print(networks.describe(facts))                          # cnn, ..., 91.1% of ... right
@@ -8,14 +9,29 @@
 Copy cam.py, models.py, data.py and files.py with it.
 """
 
-import contextlib
+import difflib
+import sys
+import unicodedata
+from pathlib import Path
 
 import torch
+import torchvision
 
+import cam
 import data
 import files
 import models
-from cam import MapsAndLogits, check_identity
+
+
+def add_options(parser):
+    """Add to a parser what `load_networks` takes beside the networks' names."""
+    add_looks_option(parser)
+    parser.add_argument("--device", default="auto", help="cpu, cuda, mps or auto")
+    parser.add_argument("--weights", action="append", metavar="FILE", type=files.path,
+                        help="of a network of torchvision's, its last layer with them; without it "
+                        "ImageNet's; repeat it for several")
+    parser.add_argument("--names", metavar="FILE", type=files.path,
+                        help="names of its classes, a line each; without it ImageNet's, or numbers")
 
 
 def add_looks_option(parser):
@@ -30,21 +46,29 @@ def parse_looks(looks):
     return looks
 
 
-# ---------------------------------------------------------------- checkpoints
+# ---------------------------------------------------------------- networks by file or name
 
 
-def load_networks(paths, looks=None, device="cpu"):
-    """The checkpoints `paths`, of the same classes in any order: [(network, facts), ...].
+def load_networks(paths, looks=None, device="cpu", weights=None, names=None):
+    """Networks of the same classes in any order: [(network, facts), ...].
 
-    looks: one list of sizes (px) for all, or one for each; None: their own.
-    Raises ValueError.
+    paths: checkpoints, or names of torchvision's networks. looks: one list of sizes (px) for all,
+    or one for each; None: their own. weights, names: of `load_from_torchvision`, the former a list,
+    one for each name among the paths. Raises ValueError.
     """
     looks = looks or [None]
     if len(looks) not in (1, len(paths)):
         raise ValueError(f"--looks has {len(looks)} lists for {len(paths)} checkpoints: give one, "
                          "or one for each")
     looks = list(looks) * len(paths) if len(looks) == 1 else looks
-    loaded = [models.load(path, device, looks=sizes)
+    by_name = [path for path in paths if is_name(path)]
+    if weights and len(weights) != len(by_name) or names and not by_name:
+        raise ValueError(f"--weights and --names are for networks of torchvision's, and "
+                         f"{len(by_name)} are named: say --model resnet18, with one --weights for "
+                         "each")
+    weights = iter(weights or [None] * len(by_name))
+    loaded = [load_from_torchvision(path, next(weights), names, sizes, device) if is_name(path)
+              else models.load(path, device, looks=sizes)
               for path, sizes in zip(paths, looks, strict=True)]
     for path, (network, facts) in zip(paths, loaded, strict=True):
         if missing := {"size", "looks", "accuracy", "how"} - facts.keys():
@@ -53,6 +77,71 @@ def load_networks(paths, looks=None, device="cpu"):
         check_same_classes(path, facts["classes"], paths[0], loaded[0][1]["classes"])
         check_smallest_look(path, network, min(facts["looks"]))
     return loaded
+
+
+def is_name(path):
+    """Whether a path is no file's, but the name of a classifier of torchvision's."""
+    return str(path) in torchvision.models.list_models(torchvision.models) and (
+        not Path(path).is_file())
+
+
+def load_from_torchvision(arch, weights=None, names=None, looks=None, device="cpu"):
+    """torchvision's network `arch` with the last layer it was trained with: as of `models.load`.
+
+    weights: a file, or torchvision's name of them; None: its best of ImageNet, downloaded.
+    names: a file of the classes' names, a line each. looks: sizes in px; None: that at which
+    torchvision evaluates it. Raises ValueError.
+    """
+    named = torchvision.models.get_model_weights(arch)
+    entry = named.__members__.get(str(weights), named.DEFAULT)
+    by_name = weights is None or str(weights) == entry.name
+    network = models.build(arch, None, entry.name if by_name else weights)
+    evaluation = entry.transforms()
+    looks = sorted(looks or evaluation.crop_size)
+    facts = dict(arch=arch, mean=tuple(evaluation.mean), std=tuple(evaluation.std), looks=looks,
+                 size=looks[-1], accuracy=None, accuracies={},
+                 how=f"torchvision's {entry.name}" if by_name else f"weights of {Path(weights).name}",
+                 classes=class_names(network.head.out_features, names, entry, weights))
+    return models.with_looks(network, looks).to(device).eval(), facts
+
+
+def class_names(count, names, entry, source):
+    """The names of `count` classes: of the file `names`, of torchvision's weights, or numbers."""
+    if names:
+        try:
+            text = names.read_text(encoding="utf-8-sig")
+        except ValueError as error:
+            raise ValueError(f"{names} is no text in UTF-8: write a name a line") from error
+        found = [unicodedata.normalize("NFC", line.strip()) for line in text.splitlines()
+                 if line.strip()]
+        if len(found) != count:
+            raise ValueError(f"{names} names {len(found):,} classes, and {source or entry.name} "
+                             f"has {count:,}: write a name a line")
+        return found
+    if count != len(entry.meta["categories"]):
+        return [f"class {k}" for k in range(count)]
+    if source and str(source) != entry.name:
+        print(f"{source}: its {count:,} classes are called as ImageNet's; --names gives others",
+              file=sys.stderr)
+    return list(entry.meta["categories"])
+
+
+def class_index(name, classes):
+    """The place of a class among `classes`, by its name or its number. Raises ValueError."""
+    name = unicodedata.normalize("NFC", name)
+    found = ([k for k, known in enumerate(classes) if known == name]
+             or [k for k, known in enumerate(classes) if known.casefold() == name.casefold()])
+    if len(found) > 1:
+        raise ValueError(f"{name!r} is the name of classes {', '.join(map(str, found))}: say a "
+                         "number")
+    if not found and name.isdecimal() and int(name) < len(classes):
+        found = [int(name)]
+    if not found:
+        near = list(classes)
+        if len(near) > 20:
+            near = [*(difflib.get_close_matches(name, classes, 5) or classes[:20]), "..."]
+        raise ValueError(f"there is no class {name!r}: the networks know {', '.join(near)}")
+    return found[0]
 
 
 def check_same_classes(path, classes, first_path, first_classes):
@@ -88,19 +177,16 @@ def describe(facts):
 # ---------------------------------------------------------------- predictions
 
 
-@contextlib.contextmanager
-def evaluating(network):
-    """`network` in evaluation mode; each of its modules goes back to its own mode afterwards."""
-    training = [module for module in network.modules() if module.training]
-    network.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
+def normalised(images, facts):
+    """Images (N, 3, H, W) of data.py, normalised as the network of `facts` knows them."""
+    mean, std = facts.get("mean", data.MEAN), facts.get("std", data.STD)
+    if (tuple(mean), tuple(std)) == (data.MEAN, data.STD):
+        return images
+    mean, std, own_mean, own_std = (images.new_tensor(values)[:, None, None]
+                                    for values in (mean, std, data.MEAN, data.STD))
+    return (images * own_std + own_mean - mean) / std
 
 
-@torch.no_grad()
 def predict_with_maps(network, facts, photos):
     """What a network, of any device, float type and mode, says of N photos, each seen whole.
 
@@ -109,18 +195,12 @@ def predict_with_maps(network, facts, photos):
     Raises ValueError: its maps do not explain its logits, or it has no probabilities.
     """
     network = getattr(network, "module", network)  # of DataParallel
-    if not hasattr(network, "features") or not hasattr(network, "head"):
-        raise ValueError(f"a {type(network).__name__} has no maps: it needs `features` and a "
-                         "linear `head`, as a CAMNet has (models.py)")
-    maps, logits = [], []
-    with evaluating(network):
-        for photo in photos:  # one by one: sizes differ, and a photo can be large
-            ((images, _),) = data.eval_batches(data.from_arrays([photo]), facts["size"], 1)
-            images = images.to(network.head.weight)  # its device and its float type
-            maps.append(MapsAndLogits(network)(images)[0].cpu())
-            logits.append(network(images).cpu())  # by its own forward, which the identity checks
-    maps, logits, bias = torch.cat(maps), torch.cat(logits), network.head.bias
-    check_identity(maps, logits, None if bias is None else bias.cpu())
+    predicted = []
+    for photo in photos:  # one by one: sizes differ, and a photo can be large
+        ((images, _),) = data.eval_batches(data.from_arrays([photo]), facts["size"], 1)
+        images = normalised(images, facts).to(next(network.parameters()))  # device, float type
+        predicted.append([values.cpu() for values in cam.explain(network, images)])
+    maps, logits = (torch.cat(values) for values in zip(*predicted, strict=True))
     if logits.shape[1] < 2:
         raise ValueError("the network has one output, which softmax makes 100 % for every photo: "
                          "give it an output for each of two classes")

@@ -4,6 +4,7 @@
     page.save_picture(picture, "cam.pdf")                            # 16 cm wide
 
 A page is made of blocks, a block of strips, a strip of tiles: photos and maps, with their texts.
+font: a file of letters that Pillow's own font lacks, such as fonts.py finds.
 """
 
 import math
@@ -29,19 +30,27 @@ GAP, TALLEST = 4, 200  # between photos; the tallest of them
 BAR_WIDTH, BAR_HEIGHT = 84, 9  # of the colour bar
 LINE, RIM, FRAME = 0.6, 1.4, 1.2  # around a region, with its light rim; around a mistake
 
+FAINT = 1 / 4  # of the end of its scale: a map that stays below has no line
+BESIDE = 3  # maps beside one photo; more are shown below it
+
 PICTURES = (".png", ".pdf")  # the suffixes of what can be written
 MOST_CLASSES = 50  # in a confusion picture
-
+SPELT = str.maketrans({  # letters that have no accent to take away
+    "ß": "ss", "ẞ": "SS", "ø": "o", "Ø": "O", "ł": "l", "Ł": "L", "æ": "ae", "Æ": "AE", "œ": "oe",
+    "Œ": "OE", "đ": "d", "Đ": "D", "ð": "d", "Ð": "D", "þ": "th", "Þ": "Th", "ħ": "h", "Ħ": "H",
+    "ı": "i", "ŧ": "t", "Ŧ": "T", "ŋ": "n", "Ŋ": "N", "–": "-", "—": "-"})
 
 
 class Paper:
     """A page of `dpi` pixels per inch: lengths on it in pixels, and the font of all its texts."""
 
-    def __init__(self, dpi):
+    def __init__(self, dpi, font=None):
         self.point = dpi / 72
         self.width, self.gap = round(PAGE_WIDTH * self.point), round(GAP * self.point)
-        self.font = ImageFont.load_default(TEXT_SIZE * self.point)
+        size = TEXT_SIZE * self.point
+        self.font = ImageFont.truetype(font, size) if font else ImageFont.load_default(size)
         self.line = round(1.25 * TEXT_SIZE * self.point)
+        self.has = known_letters(self.font)
 
     def length(self, text):
         """The width of a text in one line, px."""
@@ -71,10 +80,27 @@ def side_by_side(images, gap, bottom=False):
     return page
 
 
-def printable(text):
-    """`text` in ASCII, for Pillow's own font: no accents, other letters "?", "_" a space."""
-    letters = unicodedata.normalize("NFKD", text.replace("_", " "))
-    return "".join(c if c.isascii() else "?" for c in letters if not unicodedata.combining(c))
+def known_letters(font):
+    """letter -> whether a font has it: else it draws what it draws for all that it lacks."""
+    missing = bytes(font.getmask("\U0010ffff"))
+    return lambda letter: letter.isspace() or bytes(font.getmask(letter)) != missing
+
+
+def spelt(text, has=str.isascii):
+    """`text` in letters that a font `has`, without accents if need be; others are "?"."""
+    letters = []
+    for letter in unicodedata.normalize("NFC", text):
+        if has(letter):
+            letters.append(letter)
+            continue
+        plain = unicodedata.normalize("NFKD", letter.translate(SPELT))
+        letters += [c if has(c) else "?" for c in plain if not unicodedata.combining(c)]
+    return "".join(letters)
+
+
+def printable(text, has=str.isascii):
+    """`spelt`, with spaces in place of "_", where a line may break."""
+    return spelt(text.replace("_", " "), has)
 
 
 def signed(value, scale):
@@ -117,6 +143,7 @@ class Tile(NamedTuple):
     class_map: torch.Tensor = None  # (h, w), in logits
     scale: float = None  # its end, in logits
     wrong: bool = False  # framed, in the colour of mistakes
+    both: bool = False  # a line around what it takes, too
 
 
 class Strip(NamedTuple):
@@ -124,6 +151,11 @@ class Strip(NamedTuple):
     tiles: list  # of Tile, or of None where a place stays empty
     heading: str = ""
     text_above: bool = False  # the tiles, not below them
+
+    def spelt(self, has):
+        """The strip with texts in letters that a font `has`."""
+        tiles = [tile and tile._replace(text=printable(tile.text, has)) for tile in self.tiles]
+        return self._replace(tiles=tiles, heading=spelt(self.heading, has))
 
 
 def lay_out(block, columns, paper):
@@ -143,6 +175,11 @@ def lay_out(block, columns, paper):
     return widths, height
 
 
+def faint(class_map, scale):
+    """Whether all that a map adds is so little that a line around it would say too much."""
+    return 0 < class_map.max() < FAINT * scale
+
+
 def draw_tile(tile, width, height, text_above, paper):
     """A tile in a column of `width` px, its photo as large as `height` px allow, and its text."""
     if tile is None:
@@ -153,7 +190,9 @@ def draw_tile(tile, width, height, text_above, paper):
     image = Image.fromarray(tile.photo.numpy()).resize(size, Image.Resampling.LANCZOS)
     if tile.class_map is not None:
         pixels = overlay(image, tile.class_map, tile.scale)
-        pixels = outline(pixels, tile.class_map, LINE * paper.point, RIM * paper.point)
+        for side in [tile.class_map, -tile.class_map][: 1 + tile.both]:
+            if not faint(side, tile.scale):
+                pixels = outline(pixels, side, LINE * paper.point, RIM * paper.point)
         image = Image.fromarray(pixels.numpy())
     if tile.wrong:
         edges, frame = (0, 0, size[0] - 1, size[1] - 1), max(2, round(FRAME * paper.point))
@@ -164,9 +203,12 @@ def draw_tile(tile, width, height, text_above, paper):
     return above_each_other([text, shown] if text_above else [shown, text], paper.gap // 2)
 
 
-def draw_colour_bar(end, maps, paper):
-    """The scale with -end, 0 and end written into it, arrowheads where maps go beyond, the unit."""
-    width, height = round(BAR_WIDTH * paper.point), round(BAR_HEIGHT * paper.point)
+def draw_colour_bar(end, maps, paper, room=math.inf):
+    """The scale with -end, 0 and end written into it, arrowheads where maps go beyond, the unit.
+
+    room: px, at most as wide as that."""
+    height, unit = round(BAR_HEIGHT * paper.point), paper.length("logits")
+    width = min(round(BAR_WIDTH * paper.point), room - 2 * height - unit)
     grey = torch.full((height, width, 3), 128, dtype=torch.uint8)
     bar = Image.fromarray(overlay(grey, torch.linspace(-1, 1, width)[None], 1).numpy())
     left, right, mid = height, height + width - 1, (height - 1) / 2  # room for the arrowheads
@@ -180,7 +222,7 @@ def draw_colour_bar(end, maps, paper):
     pen.text((left + inset, mid), signed(-end, end), "black", paper.font, "lm")
     pen.text(((left + right) / 2, mid), "0", "black", paper.font, "mm")
     pen.text((right - inset, mid), signed(end, end), "black", paper.font, "rm")
-    return side_by_side([image, draw_text("logits", paper.length("logits"), paper, "black")], 0)
+    return side_by_side([image, draw_text("logits", unit, paper, "black")], 0)
 
 
 def draw_strip(strip, widths, height, page_width, paper):
@@ -192,26 +234,55 @@ def draw_strip(strip, widths, height, page_width, paper):
         return row
     mapped = [tile for tile in strip.tiles if tile and tile.class_map is not None]
     if len({tile.scale for tile in mapped}) == 1:
-        scale = draw_colour_bar(mapped[0].scale, [tile.class_map for tile in mapped], paper)
+        maps = [tile.class_map for tile in mapped]
+        scale = draw_colour_bar(mapped[0].scale, maps, paper, page_width)
     else:
         own = "each map on its own scale (±), in logits"
         scale = draw_text(own, paper.length(own), paper, "black")
-    heading = draw_text(strip.heading, page_width - scale.width - paper.gap, paper, "black")
+    room = page_width - scale.width - paper.gap
+    if room < paper.width // 5:  # a strip that is one of several side by side
+        heading = draw_text(strip.heading, page_width, paper, "black")
+        return above_each_other([heading, scale, row], paper.gap // 2)
+    heading = draw_text(strip.heading, room, paper, "black")
     return above_each_other([side_by_side([heading, scale], paper.gap), row], paper.gap // 2)
 
 
-def draw_page(blocks, legend, dpi):
-    """Blocks, lists of `Strip`, above a legend: a picture, 16 cm wide or less, that has its dpi."""
-    paper = Paper(dpi)
+def draw_beside(strips, paper):
+    """Strips of one tile each, side by side in equal columns, the photos at one height."""
+    part = (paper.width - paper.gap * (len(strips) - 1)) // len(strips)
+    joined = Strip([tile for strip in strips for tile in strip.tiles])
+    _, height = lay_out([joined], len(strips), paper)
+    drawn = [draw_strip(strip, [part], height, part, paper) for strip in strips]
+    return side_by_side(drawn, paper.gap, bottom=True)
+
+
+def draw_blocks(blocks, paper):
+    """Blocks, lists of `Strip`: an image of each, all of one width."""
     layouts = [lay_out(block, len(blocks[0][0].tiles), paper) for block in blocks]
     width = max(sum(widths) + paper.gap * (len(widths) - 1) for widths, _ in layouts)
-    width = max(width, paper.width // 2)  # of the headings and the legend
-    drawn = []
-    for block, (widths, height) in zip(blocks, layouts, strict=True):
-        strips = [draw_strip(strip, widths, height, width, paper) for strip in block]
-        drawn.append(above_each_other(strips, 2 * paper.gap))
+    width = max(width, paper.width // 2)  # of the headings
+    return [above_each_other([draw_strip(strip, widths, height, width, paper) for strip in block],
+                             2 * paper.gap)
+            for block, (widths, height) in zip(blocks, layouts, strict=True)]
+
+
+def draw_page(blocks, legend, dpi, font=None, beside=False):
+    """Blocks, lists of `Strip`, above a legend: a picture, 16 cm wide or less, that has its dpi.
+
+    beside: there is one block, of strips of one tile each, which are drawn side by side.
+    """
+    paper = Paper(dpi, font)
+    blocks = [[strip.spelt(paper.has) for strip in block] for block in blocks]
+    drawn = [draw_beside(blocks[0], paper)] if beside else draw_blocks(blocks, paper)
+    mapped = [tile for block in blocks for strip in block for tile in strip.tiles
+              if tile and tile.class_map is not None]
     colours = "Orange adds to the logit, blue takes from it; line: half of a map's maximum."
-    drawn.append(draw_text(f"{colours} {legend}", width, paper))
+    if any(faint(tile.class_map, tile.scale) for tile in mapped):
+        colours += f" A map whose maximum is below {FAINT:.0%} of its scale has no line."
+    if any(tile.both for tile in mapped):
+        colours += " A difference has a line at half of its minimum, too."
+    width = max(image.width for image in drawn)
+    drawn.append(draw_text(f"{colours} {printable(legend, paper.has)}", width, paper))
     picture = above_each_other(drawn, 3 * paper.gap)
     picture.info["dpi"] = (dpi, dpi)
     return picture
@@ -232,15 +303,16 @@ def map_tiles(photos, row, scale):
     for photo, class_map, text, right in zip(photos, row.maps, row.captions, rights, strict=True):
         end = scale_of(class_map) if scale == "photo" else shared
         own = f" ±{signed(end, end)[1:]}" if scale == "photo" else ""
-        tiles.append(Tile(photo, printable(text) + own, class_map, end, wrong=right is False))
+        tiles.append(Tile(photo, text + own, class_map, end, wrong=right is False))
     return tiles
 
 
-def compose(photos, titles, rows, columns=10, scale="row", legend="", dpi=300):
+def compose(photos, titles, rows, columns=10, scale="row", legend="", dpi=300, font=None):
     """The figure: N photos under N titles, then each `Row`'s maps over them; a PIL image.
 
-    More than `columns` photos go on in further blocks. scale: "row", one for all maps of a row, or
-    "photo", each its own, written into its caption.
+    More than `columns` photos go on in further blocks; of one photo, the maps of two or three rows
+    lie beside it. scale: "row", one for all maps of a row, or "photo", each its own, written into
+    its caption.
     """
     if isinstance(rows, Row):
         raise ValueError("rows are a list: compose(photos, titles, [row])")
@@ -249,12 +321,13 @@ def compose(photos, titles, rows, columns=10, scale="row", legend="", dpi=300):
         raise ValueError(f"{len(photos)} photos need as many titles, and in each row as many maps "
                          f"and captions, not {', '.join(map(str, counts))}")
     photos = [as_photo(photo) for photo in photos]
-    titled = [Tile(photo, printable(title)) for photo, title in zip(photos, titles, strict=True)]
+    beside = len(photos) == 1 < len(rows) <= min(BESIDE, columns - 1)
+    titled = [Tile(photo, title) for photo, title in zip(photos, titles, strict=True)]
     strips = [Strip(titled, text_above=True)]
-    strips += [Strip(map_tiles(photos, row, scale), row.label) for row in rows]
+    strips += [Strip(map_tiles(photos, row, scale), row.label, beside) for row in rows]
     blocks = [[strip._replace(tiles=strip.tiles[first : first + columns]) for strip in strips]
               for first in range(0, len(photos), columns)]
-    return draw_page(blocks, legend, dpi)
+    return draw_page(blocks, legend, dpi, font, beside)
 
 
 # ---------------------------------------------------------------- the confusion picture
@@ -277,9 +350,9 @@ def confusion_cells(matrix, shares, side, paper):
     return image
 
 
-def confusion_picture(matrix, classes, title, dpi=300):
+def confusion_picture(matrix, classes, title, dpi=300, font=None):
     """Counts (K, K), rows what is there, columns what the network says, as a PIL image."""
-    paper, matrix = Paper(dpi), torch.as_tensor(matrix).cpu()
+    paper, matrix = Paper(dpi, font), torch.as_tensor(matrix).cpu()
     shares = matrix / matrix.sum(1, keepdim=True).clamp(min=1)
     if len(classes) > MOST_CLASSES:  # those with the most mistakes are shown
         mistakes = matrix.sum(0) + matrix.sum(1) - 2 * matrix.diag()
@@ -287,7 +360,8 @@ def confusion_picture(matrix, classes, title, dpi=300):
         title += f" (the {MOST_CLASSES} of {len(classes)} classes with the most mistakes)"
         matrix, shares = matrix[kept][:, kept], shares[kept][:, kept]
         classes = [classes[i] for i in kept]
-    first_lines = [(wrap(printable(name), paper.width // 4, paper) or ["?"])[0] for name in classes]
+    first_lines = [(wrap(printable(name, paper.has), paper.width // 4, paper) or ["?"])[0]
+                   for name in classes]
     margin = max(map(paper.length, first_lines)) + paper.gap
     side = min((paper.width - margin) // len(classes), round(48 * paper.point))
     rows, columns = (blank(margin, side * len(classes)) for _ in range(2))
@@ -297,7 +371,7 @@ def confusion_picture(matrix, classes, title, dpi=300):
     above = side_by_side([blank(margin, margin), columns.rotate(90, expand=True)], 0)
     below = side_by_side([rows, confusion_cells(matrix, shares, side, paper)], 0)
     width = max(margin + side * len(classes), paper.width // 2)
-    heading = draw_text(title, width, paper, "black")
+    heading = draw_text(spelt(title, paper.has), width, paper, "black")
     foot = draw_text("Rows: what is there; columns: what the network says; the deeper, the larger "
                      "the share of the row.", width, paper)
     picture = above_each_other([heading, above_each_other([above, below], 0), foot], paper.gap)
@@ -305,13 +379,14 @@ def confusion_picture(matrix, classes, title, dpi=300):
     return picture
 
 
-def check_picture_name(path):
+def check_picture_name(path, kinds=PICTURES):
     """Raise ValueError, before any work, for a name under which no picture can be written."""
     path = Path(path)
-    if path.suffix.lower() not in PICTURES:
-        raise ValueError(f"{path} cannot be written: name a picture that ends in .png or .pdf")
+    if path.suffix.lower() not in kinds:
+        listed = " or ".join(filter(None, (", ".join(kinds[:-1]), kinds[-1])))
+        raise ValueError(f"{path} cannot be written: name a file that ends in {listed}")
     if path.is_dir():
-        raise ValueError(f"{path} is a folder: name a picture in it, {path / 'figure.png'}")
+        raise ValueError(f"{path} is a folder: name a file in it, {path / f'figure{kinds[0]}'}")
     if files_above := [above for above in path.parents if above.is_file()]:
         raise ValueError(f"{path} cannot be written, for {files_above[0]} is no folder: name "
                          "another place")
