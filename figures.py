@@ -2,149 +2,159 @@
 
     python cam.py figure --models runs/resnet18/best.pt runs/cnn/best.pt     a photo of each class
     python cam.py explain photo.jpg --model runs/cnn/best.pt                 the top classes
+    python cam.py explain photo.jpg --model resnet18 --out photo.html        to look into, by mouse
     python cam.py gallery --model runs/cnn/best.pt                           confident mistakes
+    python cam.py predict photos --model resnet18                            a table: predict.py
 """
 
 import argparse
-import glob
 import os
-import re
 import sys
-import unicodedata
-from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
+import asked
 import data
+import explore
 import files
 import folders
+import fonts
+import machine
 import networks
 import page
-from cam import contrast_map
+from asked import CHECKPOINTS, MOST_PHOTOS
+from cam import contrast_map, scale_of
+from predict import predict
 
-CHECKPOINTS = ["runs/resnet18/best.pt", "runs/cnn/best.pt"]  # compared by default
-MOST_PHOTOS, MOST_CLASSES = 100, 50  # in a figure: of one's own; of val, unless chosen
-
-
-# ---------------------------------------------------------------- photos and classes
-
-
-def check_classes(names, classes):
-    """`names` with accents as `classes` write them. Raises ValueError: one is no class."""
-    names = [unicodedata.normalize("NFC", name) for name in names]
-    for name in names:
-        if name not in classes:
-            listed = ", ".join(classes[:20]) + (", ..." if len(classes) > 20 else "")
-            raise ValueError(f"there is no class {name!r}: the networks know {listed}")
-    return names
+MOST_CLASSES = 50  # of val in a figure, unless they are chosen
+DATA = "data/imagenette2-160"
 
 
-def one_of_each_class(folder, seed, classes, wanted=None):
-    """A val photo of each of `classes`, or of those `wanted`: photos, titles, their classes."""
-    val = folders.load(folders.prepare(folder), "val").relabelled(classes)
+# ---------------------------------------------------------------- networks and photos
+
+
+def load(options, paths):
+    """The networks that the options name, on their device."""
+    device = machine.choose_device(options.device)
+    return networks.load_networks(paths, options.looks, device, options.weights, options.names)
+
+
+class Prediction(NamedTuple):
+    """What a network says of N photos, of K classes in the order of the first network's."""
+    facts: dict
+    maps: torch.Tensor  # (N, K, h, w), in logits
+    logits: torch.Tensor  # (N, K)
+    probabilities: torch.Tensor  # (N, K)
+    bias: torch.Tensor  # (K,)
+
+
+def predictions(loaded, photos):
+    """A `Prediction` of each network."""
+    classes, found = list(loaded[0][1]["classes"]), []
+    for network, facts in loaded:
+        own, bias = list(facts["classes"]), network.head.bias
+        order = slice(None) if own == classes else [own.index(name) for name in classes]
+        maps, logits, probabilities = networks.predict_with_maps(network, facts, photos)
+        bias = logits.new_zeros(len(own)) if bias is None else bias.detach().cpu()
+        found.append(Prediction(facts, maps[:, order], logits[:, order], probabilities[:, order],
+                                bias[order]))
+    return found
+
+
+def load_val(folder, facts):
+    """The val photos of `folder`, None: of the data a network was trained on, if they are there;
+    labels in the order of its classes. Says where they are not those that its accuracy is of."""
+    if not folder:
+        own = facts.get("data")
+        folder = own if own and os.path.exists(own) else DATA
+    val = folders.load(folders.prepare(folder), "val").relabelled(facts["classes"])
+    trained = facts.get("settings", {}).get("data")
+    if trained and facts["accuracy_on"] == "val" and trained[1] != val.fingerprint:
+        print(f"{folder}: these are not the val photos of the training of {facts['arch']}: its "
+              "accuracy is of others", file=sys.stderr)
+    return val
+
+
+def say_trained_on(photos, loaded):
+    """Say how many of val's `photos` networks were trained on, byte for byte."""
+    for _, facts in loaded:
+        known = set(facts.get("trained_on", ()))
+        if count := sum(digest in known for digest in photos.digests):
+            print(f"{facts['arch']} was trained on {count:,} of these {len(photos):,} val photos: "
+                  "what it says of them it may know by heart", file=sys.stderr)
+
+
+def one_of_each_class(folder, seed, classes, wanted=None, loaded=()):
+    """A val photo of each of `classes`, or of those `wanted`: photos, titles, their classes.
+    loaded: networks; says which were trained on them."""
+    first = loaded[0][1] if loaded else {}
+    val = load_val(folder, {**first, "classes": classes})
     generator = torch.Generator().manual_seed(seed)
-    names = check_classes(wanted, classes) if wanted else classes[:MOST_CLASSES]
+    names = asked.known_classes(wanted, classes) if wanted else classes[:MOST_CLASSES]
     if len(names) < len(classes) and not wanted:
         print(f"the first {len(names)} of {len(classes)} classes are shown: --classes chooses "
               "others", file=sys.stderr)
-    photos, titles = [], []
+    shown, titles = [], []
     for name in names:
         (of_class,) = torch.where(val.labels == classes.index(name))
         if len(of_class):
             chosen = torch.randint(len(of_class), (), generator=generator)
-            photos.append(val[int(of_class[chosen])])
+            shown.append(int(of_class[chosen]))
             titles.append(name)
         elif wanted:
             raise ValueError(f"{folder} has no val photo of {name}: choose others with --classes")
         else:
             print(f"{name} is not shown, for there is no val photo of it", file=sys.stderr)
-    return photos, titles, titles
-
-
-def photo_files(names):
-    """The paths of photos that `names`, of files, folders and patterns, stand for."""
-    paths = []
-    for name in map(str, names):
-        if os.path.isfile(name) or not (os.path.isdir(name) or glob.has_magic(name)):
-            paths.append(Path(name))  # a missing one is refused when it is decoded
-            continue
-        inside = Path(name).iterdir() if os.path.isdir(name) else map(Path, glob.glob(name))
-        inside = [path for path in inside if path.is_file() and path.name[0] != "."]
-        if unread := {path.suffix for path in inside if path.suffix.lower() in data.UNREAD}:
-            print(f"{name}: photos in {data.first_names(unread)} are left out: convert them to "
-                  "JPEG", file=sys.stderr)
-        found = sorted(path for path in inside if path.suffix.lower() in data.SUFFIXES)
-        if not found:
-            raise ValueError(f"{name} holds no photo: name a photo, or a folder that has some")
-        paths += found
-    return paths
-
-
-def folder_of(path):
-    """The name of the folder that a file lies in; of a link, not where it points."""
-    return Path(os.path.abspath(path)).parent.name
-
-
-def own_photos(names, titles, truth, classes):
-    """Photos of one's own, titles, classes: of `truth`, else their folders' names, else None."""
-    paths = photo_files(names)
-    if len(paths) > MOST_PHOTOS:
-        raise ValueError(f"--images names {len(paths)} photos, too many for one picture: name at "
-                         f"most {MOST_PHOTOS}")
-    if truth and len(truth) == 1:
-        truth = truth * len(paths)
-    for option, given in (("--titles", titles), ("--truth", truth)):
-        if given and len(given) != len(paths):
-            raise ValueError(f"{option} has {len(given)} names for {len(paths)} photos: give "
-                             "one for each")
-    if truth:
-        labels = check_classes(truth, classes)
-    else:
-        parents = map(folder_of, paths)
-        words = [unicodedata.normalize("NFC", data.WORDS.get(name, name)) for name in parents]
-        labels = [name if name in classes else None for name in words]
-    titles = titles or [name or path.stem for path, name in zip(paths, labels, strict=True)]
-    return [torch.from_numpy(data.decode(path)) for path in paths], titles, labels
+    say_trained_on(val.subset(torch.tensor(shown)), loaded)
+    return [val[i] for i in shown], titles, titles
 
 
 # ---------------------------------------------------------------- maps
 
 
-def row_of(label, maps, classes, shown, probabilities, truth):
-    """A `Row` of the maps (N, K, h, w) of the classes `shown` (N,); truth: N names, or None."""
-    names = [classes[k] for k in shown]
-    index = range(len(names))
-    captions = [f"{names[i]} {probabilities[i, shown[i]]:.0%}" for i in index]
-    right = [None if truth[i] is None else names[i] == truth[i] for i in index]
+def row_of(label, maps, names, shown, probabilities, right):
+    """A `Row` of the maps (N, K, h, w) of the classes `shown` (N,). names: of the K classes."""
+    index = range(len(shown))
+    captions = [f"{names[shown[i]]} {probabilities[i, shown[i]]:.0%}" for i in index]
     return page.Row(label, maps[index, shown], captions, right)
 
 
-def predicted_row(network, facts, photos, truth):
-    """A `Row` of the maps of the classes that a network predicts."""
-    maps, _, probabilities = networks.predict_with_maps(network, facts, photos)
-    predictions = probabilities.argmax(1)
-    return row_of(networks.describe(facts), maps, facts["classes"], predictions, probabilities,
-                  truth)
+def predicted_row(prediction, classes, names, truth):
+    """A `Row` of the maps of the classes that a network predicts. truth: N classes, or None."""
+    best = prediction.probabilities.argmax(1)
+    right = [None if label is None else classes[k] == label
+             for k, label in zip(best, truth, strict=True)]
+    return row_of(networks.describe(prediction.facts), prediction.maps, names, best,
+                  prediction.probabilities, right)
 
 
-def top_classes(network, facts, photo, top, contrast):
-    """A `Row` of one photo: maps of its `top` classes, then of the two in `contrast`, or None."""
-    classes = list(facts["classes"])
-    predicted = networks.predict_with_maps(network, facts, [photo])
-    maps, logits, probabilities = (values[0] for values in predicted)
-    best = probabilities.topk(min(top, len(classes))).indices.tolist()
-    shown = maps[best]
-    captions = [f"{classes[k]} {probabilities[k]:.1%}\nlogit {page.signed(logits[k], 1)}"
-                for k in best]
+def say_grey(rows, scale):
+    """Say in which rows a strong map leaves most others grey, as they share a scale."""
+    for row in rows:
+        weakest = page.FAINT * scale_of(row.maps)
+        grey = sum(bool(class_map.abs().max() < weakest) for class_map in row.maps)
+        if scale == "row" and 2 * grey > len(row.maps):
+            print(f"{row.label.split(',')[0]}: {grey} of {len(row.maps)} maps stay below "
+                  f"{page.FAINT:.0%} of their scale, and are grey: --scale photo gives each its "
+                  "own", file=sys.stderr)
+
+
+def explained_row(prediction, names, shown, contrast):
+    """A `Row` of one photo: the maps of the classes `shown`, then of the two in `contrast`."""
+    maps, logits, probabilities = (values[0] for values in prediction[1:4])
+    captions = [f"{names[k]} {probabilities[k]:.1%}\nlogit {page.signed(logits[k], 1)}"
+                for k in shown]
+    chosen = maps[shown]
     if contrast:
-        a, b = (classes.index(name) for name in contrast)
-        shown = torch.cat([shown, contrast_map(maps[None], a, b)])
+        a, b = contrast
+        chosen = torch.cat([chosen, contrast_map(maps[None], a, b)])
         difference = page.signed(logits[a] - logits[b], 1)
-        captions.append(f"{classes[a]} minus {classes[b]}\nlogits {difference}")
-    return page.Row(networks.describe(facts), shown, captions)
+        captions.append(f"{names[a]} minus {names[b]}\nlogits {difference}")
+    return page.Row(networks.describe(prediction.facts), chosen, captions)
 
 
-# ---------------------------------------------------------------- pictures
+# ---------------------------------------------------------------- pictures and pages
 
 
 def finish(picture, path, what, loaded):
@@ -158,25 +168,45 @@ def finish(picture, path, what, loaded):
           f"\\caption{{{caption}}}")
 
 
-def explanation_names(photos, models, contrast, out):
-    """Where the picture of each of `photos` goes: `out`, or in the folder `out`, named after it."""
-    suffix = out.suffix.lower()
-    if suffix in page.PICTURES or suffix and not out.is_dir():  # a folder may be photos.2026
-        if len(photos) > 1:
-            raise ValueError(f"{out} is one picture for {len(photos)} photos: name a folder with "
-                             "--out")
-        names = [out]
-    else:
-        words = [re.sub(r"\W+", "-", name) for name in contrast or ()]
-        shown = "-".join([*map(folder_of, models), *words])
-        stems = [f"{os.fsencode(photo.stem)[:100].decode(errors='ignore')}-{shown}"
-                 for photo in photos]
-        numbers = [stems[:i].count(stem) + 1 for i, stem in enumerate(stems)]  # of equal names
-        names = [out / (f"{stem}-{number}.png" if number > 1 else f"{stem}.png")
-                 for stem, number in zip(stems, numbers, strict=True)]
-    for name in names:
-        page.check_picture_name(name)
-    return names
+def draw_explanation(photo, title, found, names, wanted, options):
+    """The picture of one photo. found: a `Prediction` of each network; wanted: classes asked for,
+    by their numbers, and the two of the contrast, or None."""
+    block, (classes, contrast) = [], wanted
+    for prediction in found:
+        best = prediction.logits[0].topk(min(options.top, len(names))).indices.tolist()
+        shown = list(dict.fromkeys([*best, *classes]))
+        row = explained_row(prediction, names, shown, contrast)
+        tiles = page.map_tiles([photo] * len(row.captions), row, options.scale)
+        tiles[-1] = tiles[-1]._replace(both=bool(contrast))
+        original = None if block else page.Tile(photo, title)
+        block.append(page.Strip([original, *tiles], row.label, text_above=True))
+    most = max(len(strip.tiles) for strip in block)  # a class asked for may be at the top anyway
+    for strip in block:
+        strip.tiles.extend([None] * (most - len(strip.tiles)))
+    legend = ""
+    if contrast:
+        legend = f"Last map: orange speaks for {names[contrast[0]]}, blue for {names[contrast[1]]}."
+    return page.draw_page([block], legend, options.dpi, options.font)
+
+
+def write_explanation(path, photo, title, found, wanted):
+    """Write the page to look into one photo; arguments as of `draw_explanation`."""
+    classes, shown = list(found[0].facts["classes"]), []
+    for facts, maps, logits, _, bias in found:
+        same = sum(facts["arch"] == other.facts["arch"] for other in found[: len(shown)])
+        label = facts["arch"] + f" ({same + 1})" * (same > 0)
+        about = networks.describe(facts).removeprefix(f"{facts['arch']}, ")
+        shown.append(explore.Network(label, classes, maps[0], logits[0], bias, about))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with files.atomic(path) as file:
+        explore.write_page(file, photo, title, shown, [*wanted[0], *(wanted[1] or ())])
+    print(path)
+
+
+def letters(options, classes, texts=()):
+    """The names of the classes as pictures show them; options.font becomes one that has them."""
+    options.font = fonts.choose([*classes, *texts], options.font)
+    return fonts.legible(classes, options.font)
 
 
 # ---------------------------------------------------------------- commands
@@ -190,72 +220,90 @@ def figure(options):
                          "leave one out")
     if not options.images and (options.titles or options.truth):
         raise ValueError("--titles and --truth are for photos of your own: name them with --images")
-    loaded = networks.load_networks(options.models, options.looks)
+    loaded = load(options, options.models or asked.default_checkpoints(CHECKPOINTS))
     classes = list(loaded[0][1]["classes"])
     if options.images:
-        chosen = own_photos(options.images, options.titles, options.truth, classes)
+        chosen = asked.own_photos(options.images, options.titles, options.truth, classes)
     else:
-        chosen = one_of_each_class(options.data, options.seed, classes, options.classes)
+        chosen = one_of_each_class(options.data, options.seed, classes, options.classes, loaded)
     photos, titles, truth = chosen
-    rows = [predicted_row(network, facts, photos, truth) for network, facts in loaded]
+    names = letters(options, classes, titles)
+    rows = [predicted_row(prediction, classes, names, truth)
+            for prediction in predictions(loaded, photos)]
+    say_grey(rows, options.scale)
     if len(photos) > options.columns:
         print(f"{len(photos)} photos go into blocks of {options.columns}", file=sys.stderr)
     legend = f"Above: {'what is there' if titles == truth else 'the photo'}; below: the prediction"
     legend += ", in red where it is wrong." if any(False in row.right for row in rows) else "."
+    titles = [names[classes.index(title)] if title in classes else title for title in titles]
     picture = page.compose(photos, titles, rows, options.columns, options.scale, legend,
-                           options.dpi)
+                           options.dpi, options.font)
     finish(picture, options.out, "Class activation maps, in logits, of the class that each network "
            "predicts", loaded)
 
 
 def explain(options):
-    """For each photo a picture, a row for each network: the photo, beside it maps of classes."""
+    """For each photo a picture, a row for each network: the photo, beside it maps of classes; or a
+    page to look into."""
     if not options.photos:
         raise ValueError("explain needs a photo: python cam.py explain photo.jpg")
-    paths, models = photo_files(options.photos), options.models or CHECKPOINTS[-1:]
-    names = explanation_names(paths, models, options.contrast, options.out)
-    loaded = networks.load_networks(models, options.looks)
-    contrast = options.contrast and check_classes(options.contrast, loaded[0][1]["classes"])
+    paths = asked.photo_files(options.photos)
+    models = options.models or asked.default_checkpoints(CHECKPOINTS[-1:])
+    words = [*(options.contrast or ()), *options.classes]
+    outs = asked.explanation_names(paths, [*models, *(options.weights or ())], words, options.out)
+    loaded = load(options, models)
+    classes = list(loaded[0][1]["classes"])
+    wanted = [networks.class_index(name, classes) for name in options.classes]
+    contrast = options.contrast and [networks.class_index(name, classes)
+                                     for name in options.contrast]
     if contrast and contrast[0] == contrast[1]:
-        raise ValueError(f"--contrast {contrast[0]} with itself shows nothing: name two classes")
-    for path, name in zip(paths, names, strict=True):
-        photo, block = torch.from_numpy(data.decode(path)), []
-        for network, facts in loaded:
-            row = top_classes(network, facts, photo, options.top, contrast)
-            original = None if block else page.Tile(photo, page.printable(path.stem))
-            tiles = page.map_tiles([photo] * len(row.captions), row, options.scale)
-            block.append(page.Strip([original, *tiles], row.label, text_above=True))
-        legend = ""
-        if contrast:
-            legend = f"Last map: orange speaks for {contrast[0]}, blue for {contrast[1]}."
-        picture = page.draw_page([block], page.printable(legend), options.dpi)
-        finish(picture, name, f"Class activation maps, in logits, of {path.name}", loaded)
+        raise ValueError(f"--contrast {options.contrast[0]} with itself shows nothing: name two "
+                         "classes")
+    names = letters(options, classes, [path.stem for path in paths])
+    for path, out in zip(paths, outs, strict=True):
+        photo = torch.from_numpy(data.decode(path))
+        found = predictions(loaded, [photo])
+        if out.suffix.lower() == ".html":
+            write_explanation(out, photo, path.name, found, (wanted, contrast))
+        else:
+            picture = draw_explanation(photo, path.stem, found, names, (wanted, contrast), options)
+            finish(picture, out, f"Class activation maps, in logits, of {path.name}", loaded)
 
 
 @torch.no_grad()
 def gallery(options):
     """The most confident mistakes on val, with the maps of what is predicted and what is there."""
     page.check_picture_name(options.out)
-    ((network, facts),) = loaded = networks.load_networks([options.model], options.looks)
-    val = folders.load(folders.prepare(options.data), "val").relabelled(facts["classes"])
+    models = [options.model] if options.model else asked.default_checkpoints(CHECKPOINTS[-1:])
+    ((network, facts),) = loaded = load(options, models)
+    val, weight = load_val(options.data, facts), network.head.weight
+    say_trained_on(val, loaded)
     batches = data.eval_batches(val, facts["size"], 32)
-    probabilities = torch.cat([network(images).softmax(1) for images, _ in batches])
-    confidence, predictions = probabilities.max(1)
-    (mistakes,) = torch.where(predictions != val.labels)
+    probabilities = torch.cat([
+        network(networks.normalised(images, facts).to(weight)).softmax(1).cpu()
+        for images, _ in batches])
+    confidence, predicted = probabilities.max(1)
+    (mistakes,) = torch.where(predicted != val.labels)
     mistakes = mistakes[confidence[mistakes].argsort(descending=True)][: options.count]
     if not len(mistakes):
-        return print(f"{options.model} makes no mistake on val: there is nothing to show")
-    photos, labels = [val[i] for i in mistakes], val.labels[mistakes]
-    titles, probabilities = [val.classes[k] for k in labels], probabilities[mistakes]
+        return print(f"{models[0]} makes no mistake on val: there is nothing to show")
+    photos, names = [val[i] for i in mistakes], letters(options, val.classes)
+    labels, predicted, probabilities = (
+        values[mistakes] for values in (val.labels, predicted, probabilities))
     maps, *_ = networks.predict_with_maps(network, facts, photos)
-    rows = [row_of(label, maps, val.classes, shown, probabilities, titles) for label, shown in (
-        (f"{networks.describe(facts)}; the map of what it says", predictions[mistakes]),
-        ("the map of what is there", labels))]
+    rows = [row_of(label, maps, names, shown, probabilities, (shown == labels).tolist())
+            for label, shown in (
+                (f"{networks.describe(facts)}; the map of what it says", predicted),
+                ("the map of what is there", labels))]
+    say_grey(rows, options.scale)
     legend = "Above: what is there; below: the class of the map, with its probability."
-    picture = page.compose(photos, titles, rows, options.columns, options.scale, legend,
-                           options.dpi)
+    picture = page.compose(photos, [names[k] for k in labels], rows, options.columns,
+                           options.scale, legend, options.dpi, options.font)
     finish(picture, options.out, "The most confident mistakes on val, and class activation maps, "
            "in logits", loaded)
+
+
+# ---------------------------------------------------------------- the command line
 
 
 def add_command(commands, command, about, out):
@@ -263,16 +311,21 @@ def add_command(commands, command, about, out):
     parser = commands.add_parser(command.__name__, help=about,
                                  formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.set_defaults(command=command)
-    add = parser.add_argument
-    add("--out", type=files.path, default=out,
-        help="the picture, .png or .pdf; for explain a folder too")
-    add("--dpi", type=files.between(30, 1200), default=300,
-        help="pixels of an inch; a picture is 16 cm wide")
-    add("--scale", choices=("row", "photo"), default="row", help="of a row's maps, or of each map")
-    networks.add_looks_option(parser)
-    if command is not explain:
-        add("--data", metavar="FOLDER", type=files.path, default="data/imagenette2-160",
-            help="folder or archive of photos in class folders")
+    add, what = parser.add_argument, {explain: ", or .html; or a folder", predict: ""}
+    kinds = ".csv" if command is predict else ".png or .pdf"
+    add("--out", type=files.path, default=out, help=f"{kinds}{what.get(command, '')}")
+    networks.add_options(parser)
+    if command is not predict:
+        add("--dpi", type=files.between(30, 1200), default=300,
+            help="pixels of an inch; a picture is 16 cm wide")
+        add("--scale", choices=("row", "photo"), default="row",
+            help="of a row's maps, or of each map")
+        add("--font", metavar="FILE", type=files.path,
+            help="of other letters than Pillow's font has; without it, one of this system's")
+    if command in (figure, gallery):
+        add("--data", metavar="FOLDER", type=files.path,
+            help="folder or archive of photos in class folders; without it, those of the training, "
+            f"or {DATA}")
         add("--columns", type=files.between(1, 10), default=10,
             help="photos side by side; more go on below")
     return add
@@ -282,10 +335,11 @@ def parse_command_line(arguments):
     """The options, and as `options.command` the function that they are for."""
     parser = argparse.ArgumentParser(description="Where did the network look? Maps and pictures.")
     commands = parser.add_subparsers(required=True)
+    first = f"checkpoint, or a network of torchvision's, resnet18; without it, {CHECKPOINTS[-1]}"
     add = add_command(commands, figure, "photos, and under them the maps of each network",
                       "figures/figure.png")
-    add("--models", nargs="+", type=files.path, default=CHECKPOINTS,
-        help="checkpoints, a row of maps for each")
+    add("--models", nargs="+", type=files.path,
+        help=f"checkpoints, a row of maps for each; without it, {' '.join(CHECKPOINTS)}")
     add("--classes", nargs="+", help="which classes to show of val, in this order")
     add("--images", nargs="+", type=files.path,
         help="photos of your own, folders or quoted patterns, instead of those of val")
@@ -296,14 +350,22 @@ def parse_command_line(arguments):
                       "figures")
     add("photos", nargs="*", type=files.path, help="photos, folders or quoted patterns")
     add("--model", dest="models", action="append", type=files.path,
-        help=f"checkpoint ({CHECKPOINTS[-1]}); repeat it to compare")
+        help=f"{first}; repeat it to compare")
     add("--top", type=files.between(1, 10), default=3, help="classes to show")
+    add("--class", dest="classes", action="append", default=[], metavar="NAME",
+        help="show this class as well, by its name or number; repeat it for several")
     add("--contrast", nargs=2, metavar=("A", "B"),
         help="two classes: also show what speaks for A and against B")
     add = add_command(commands, gallery, "the most confident mistakes on val",
                       "figures/gallery.png")
-    add("--model", type=files.path, default=CHECKPOINTS[-1], help="checkpoint")
+    add("--model", type=files.path, help=first)
     add("--count", type=files.between(1, MOST_PHOTOS), default=10, help="mistakes to show")
+    add = add_command(commands, predict, "a table of the top classes of photos, their maps as "
+                      "numbers", "figures/predictions.csv")
+    add("photos", nargs="+", type=files.path, help="photos, folders or quoted patterns")
+    add("--model", type=files.path, help=first)
+    add("--top", type=files.between(1), default=3, help="classes of a photo")
+    add("--maps", metavar="FILE", type=files.path, help="the maps of all classes, .npz")
     return parser.parse_args(arguments)
 
 

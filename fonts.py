@@ -1,7 +1,7 @@
 """Fonts for letters that Pillow's own font lacks.
 
     font = fonts.choose(["Ελλάδα", "犬"])               # a file of the system's; None: not needed
-    names = fonts.legible(classes, font)                # {name: name, or "class 3"}
+    names = fonts.legible(classes, font)                # names, or "class 3"
     page.compose(photos, titles, rows, font=font)
 """
 
@@ -63,11 +63,11 @@ def choose(texts, wanted=None):
 
 
 def legible(classes, font):
-    """{class: how to write it}: its name or, where `font` lacks letters of it, its number."""
+    """How to write each class: its name or, where `font` lacks letters of it, its number."""
     has = page.Paper(72, font).has
-    numbers = {name: f"class {k}" for k, name in enumerate(classes) if missing([name], has)}
+    numbers = {k: name for k, name in enumerate(classes) if missing([name], has)}
     if numbers:
-        listed = ", ".join(f"{number} is {name}" for name, number in [*numbers.items()][:5])
+        listed = ", ".join(f"class {k} is {name}" for k, name in [*numbers.items()][:5])
         print(f"no font here has the letters of {len(numbers)} classes: {listed}"
               f"{', ...' * (len(numbers) > 5)}; --font names one", file=sys.stderr)
-    return {name: numbers.get(name, name) for name in classes}
+    return [f"class {k}" if k in numbers else name for k, name in enumerate(classes)]

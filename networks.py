@@ -98,9 +98,9 @@ def load_from_torchvision(arch, weights=None, names=None, looks=None, device="cp
     network = models.build(arch, None, entry.name if by_name else weights)
     evaluation = entry.transforms()
     looks = sorted(looks or evaluation.crop_size)
+    how = f"torchvision's {entry.name}" if by_name else f"weights of {Path(weights).name}"
     facts = dict(arch=arch, mean=tuple(evaluation.mean), std=tuple(evaluation.std), looks=looks,
-                 size=looks[-1], accuracy=None, accuracies={},
-                 how=f"torchvision's {entry.name}" if by_name else f"weights of {Path(weights).name}",
+                 size=looks[-1], accuracy=None, accuracies={}, how=how,
                  classes=class_names(network.head.out_features, names, entry, weights))
     return models.with_looks(network, looks).to(device).eval(), facts
 

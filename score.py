@@ -27,6 +27,7 @@ try:
     import data
     import files
     import folders
+    import fonts
     import machine
     import metrics
     import models
@@ -283,7 +284,9 @@ def score_all(arguments):
         facts |= dict(accuracy=accuracy, accuracy_on="val", accuracy_n=len(val))
         run["networks"][name] = facts_of(path, facts)
         description = run["networks"][name]["description"]
-        pictures[name] = page.confusion_picture(matrix, facts["classes"], description)
+        font = fonts.choose(facts["classes"])
+        classes = fonts.legible(facts["classes"], font)
+        pictures[name] = page.confusion_picture(matrix, classes, description, font=font)
         notes.append(f"{name}: {relative(path)}, {description}")
     results = tables.compare(scores)
     tables.write(out, tables.texts(results, notes, run), pictures)

@@ -432,7 +432,7 @@ def test_classes_are_compared_by_name(call, demo, one, tmp_path, seen):
         assert call("figure", *what, "--models", model, "--classes", *CLASSES).returncode == 0
         assert call("gallery", *what, "--model", model, "--count", 10).returncode == 0
     assert call("figure", *what, "--models", one, "turned.pt").returncode == 0
-    figures, galleries, ((*_, rows, _, _, _, _),) = seen[0:4:2], seen[1:4:2], seen[4:]
+    figures, galleries, ((_, _, rows, *_),) = seen[0:4:2], seen[1:4:2], seen[4:]
     assert figures[0][1] == figures[1][1] and sorted(galleries[0][1]) == sorted(galleries[1][1])
     for here, there in [(figures[0][2][0], figures[1][2][0]), rows]:
         assert here.captions == there.captions and here.right == there.right
