@@ -286,7 +286,8 @@ def score_all(arguments):
         description = run["networks"][name]["description"]
         font = fonts.choose(facts["classes"])
         classes = fonts.legible(facts["classes"], font)
-        pictures[name] = page.confusion_picture(matrix, classes, description, font=font)
+        pictures[f"-confusion-{name}.png"] = page.confusion_picture(matrix, classes, description,
+                                                                    font=font)
         notes.append(f"{name}: {relative(path)}, {description}")
     results = tables.compare(scores)
     tables.write(out, tables.texts(results, notes, run), pictures)

@@ -154,9 +154,8 @@ def run(options):
     titles = list(dict.fromkeys(title for title, _ in found))
     text, markdown = ("\n".join(table(results, title, form) for title in titles)
                       for form in ("text", "markdown"))
-    files.write(Path(f"{out}.md"), markdown.encode())
-    files.write(Path(f"{out}.csv"), tables.csv_table(results).encode())
-    page.save_picture(draw(networks, val, marked, recipe.size), f"{out}.png")
+    picture = draw(networks, val, marked, recipe.size)
+    tables.write(out, {".md": markdown, ".csv": tables.csv_table(results)}, {".png": picture})
     print(f"{text}\nwritten: {out}.md, .csv, .png")
 
 

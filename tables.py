@@ -150,7 +150,7 @@ def texts(results, notes, run):
 
 
 def write(out, texts, pictures):
-    """Write `out`SUFFIX of {suffix: text}, `out`-confusion-NETWORK.png of {network: PIL image}.
+    """Write `out` + suffix of {suffix: text} and of {suffix: PIL image}.
 
     All are made in a folder beside, then moved: a full disk leaves what was there. Raises OSError.
     """
@@ -162,8 +162,8 @@ def write(out, texts, pictures):
             for suffix, text in texts.items():
                 contents = text.encode(errors="backslashreplace")  # a path need not be text
                 files.write(Path(made + suffix), contents)
-            for network, picture in pictures.items():
-                page.save_picture(picture, f"{made}-confusion-{network}.png")
+            for suffix, picture in pictures.items():
+                page.save_picture(picture, made + suffix)
         except OSError as error:
             text = f"{error.strerror}, all tables are as they were"
             raise OSError(error.errno, text, out) from error

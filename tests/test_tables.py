@@ -61,7 +61,7 @@ def test_a_full_disk_leaves_all_tables_as_they_were(tmp_path, monkeypatch, full)
         raise OSError(28, "No space left on device", "somewhere")
 
     out, picture = str(tmp_path / "t" / "0.15"), Image.new("RGB", (9, 9))
-    tables.write(out, {".md": "old", ".csv": "old"}, {"cnn": picture})
+    tables.write(out, {".md": "old", ".csv": "old"}, {"-confusion-cnn.png": picture})
     before = {path.name: path.read_bytes() for path in (tmp_path / "t").iterdir()}
     assert set(before) == {"0.15.md", "0.15.csv", "0.15-confusion-cnn.png"}
     write = files.write
@@ -72,6 +72,6 @@ def test_a_full_disk_leaves_all_tables_as_they_were(tmp_path, monkeypatch, full)
             no_space() if path.suffix == ".csv" else write(path, contents)))
     message = "No space left on device, all tables are as they were"
     with pytest.raises(OSError, match=message) as error:
-        tables.write(out, {".md": "new", ".csv": "new"}, {"cnn": picture})
+        tables.write(out, {".md": "new", ".csv": "new"}, {"-confusion-cnn.png": picture})
     assert error.value.filename == out
     assert {path.name: path.read_bytes() for path in (tmp_path / "t").iterdir()} == before
