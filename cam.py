@@ -63,7 +63,8 @@ def check_identity(maps, logits, bias=None):
     dtype = torch.promote_types(logits.dtype, torch.float32)  # half precision adds up badly
     means = maps.detach().to(dtype).mean((2, 3)) + (0 if bias is None else bias.detach())
     error = (means - logits.detach()).abs().max()
-    if not error < tolerance * (1 + logits.abs().max()):  # NaN is refused too
+    largest = max(maps.detach().abs().max(), logits.detach().abs().max())  # rounding grows with it
+    if not error < tolerance * (1 + largest):  # NaN is refused too
         raise ValueError(f"the maps miss the logits by {error:.2g}: this network's score is not "
                          "the mean of a map plus a bias, or it holds numbers that are not finite")
 
@@ -82,11 +83,14 @@ def explain(network, images):
     def keep(module, inputs, output):
         nonlocal features
         if torch.is_tensor(output) and output.dim() == 4 and output.shape[1] == head.in_features:
-            if features is None or output[0, 0].numel() > 1:  # one cell: what the pooling returns
+            cells = output[0, 0].numel()  # one is what the pooling returns, of a map of several
+            if features is None or cells > 1 or features[0, 0].numel() == 1:
                 features = output
 
     training = [module for module in network.modules() if module.training]
-    hooks = [module.register_forward_hook(keep) for module in network.modules() if head]
+    named = getattr(network, "features", None)  # as a CAMNet has them
+    asked = [named] if named and head is getattr(network, "head", None) else network.modules()
+    hooks = [module.register_forward_hook(keep) for module in asked if head]
     try:
         logits = network.eval()(images) if head else None
     finally:

@@ -444,23 +444,22 @@ cam.check_identity(maps, network.head(features.mean((2, 3))), network.head.bias)
 
 
 SNIPPET = """
-import torch, torchvision, cam
+import torchvision, cam
 from PIL import Image
 
 weights = torchvision.models.ResNet18_Weights.DEFAULT
-network = torchvision.models.resnet18(weights=weights).eval()
+network = torchvision.models.resnet18(weights=weights)
 photo = Image.open("photo.jpg").convert("RGB")
 image = weights.transforms(resize_size=224)(photo.resize((224, 224)))  # the whole photo
-features = torch.nn.Sequential(*list(network.children())[:-2])(image[None])  # before the pooling
-maps = cam.class_activation_maps(features, network.fc.weight)  # (1, 1000, 7, 7), in logits
-best = maps[0, network(image[None]).argmax()]
+maps, logits = cam.explain(network, image[None])                       # (1, 1000, 7, 7), (1, 1000)
+best = maps[0, logits.argmax()]
 Image.fromarray(cam.overlay(photo, best, cam.scale_of(best)).numpy()).save("cam.png")
 """
 
 
 def test_file_works_alone_and_its_import_does_nothing(tmp_path):
     """The docstring's lines, and the README's for a network of torchvision."""
-    assert len([line for line in SNIPPET.splitlines() if line.strip()]) <= 11
+    assert len([line for line in SNIPPET.splitlines() if line.strip()]) <= 10
     shutil.copy(REPO / "cam.py", tmp_path)
     Image.fromarray(noise_photo((90, 140)).numpy()).save(tmp_path / "photo.jpg")
     offline = ("from torchvision import models\nbuild = models.resnet18\n"
@@ -493,3 +492,14 @@ def test_python_in_the_readme_runs(demo, one, tmp_path, monkeypatch):
     with torch.no_grad():
         maps = cam.class_activation_maps(network.features(names["images"]), network.head.weight)
     assert torch.allclose(names["maps"], maps, atol=1e-5)
+
+
+@pytest.mark.parametrize("arch", ["resnet18", "mobilenet_v2"])
+def test_maps_of_one_cell_are_explained(arch):
+    """At 32 px the features are one cell, and so are those of layers before them."""
+    network, images = untrained(arch), torch.rand(2, 3, 32, 32, dtype=torch.double)
+    maps, logits = cam.explain(network, images)
+    assert maps.shape[2:] == (1, 1)
+    assert torch.allclose(logits, network(images))
+    original = models.torchvision_models.get_model(arch, weights=None).double()
+    assert cam.explain(original, images)[0].shape == (2, 1000, 1, 1)
