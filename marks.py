@@ -15,7 +15,7 @@ from math import hypot
 import torch
 
 import data
-from metrics import Estimate, T, mean_interval
+from metrics import Estimate, T, difference, mean_interval
 
 SIDE, EDGE = (0.06, 0.08), 0.08  # of a mark, and from it to the photo's edge, in shorter sides
 
@@ -77,6 +77,11 @@ def correlation(x, y):
     return torch.stack([torch.corrcoef(torch.stack(pair))[0, 1] for pair in zip(x, y, strict=True)])
 
 
+def paired(a, b):
+    """The `Estimate` of a - b, shares (S, N) of the same photos."""
+    return difference(mean_interval(a), mean_interval(b))
+
+
 mean = partial(resampled, lambda x: x.mean(-1))
 median_ratio = partial(resampled, lambda x, y: (x / y).median(-1).values)
 correlated = partial(resampled, correlation)
@@ -85,8 +90,8 @@ correlated = partial(resampled, correlation)
 # ---------------------------------------------------------------- what a map says of the mark
 
 
-def right(without, marked, labels, k):
-    """Who is right, and taken for class k, in parts: {score: (mean_interval, (n,) 1 or 0)}.
+def predictions(without, marked, labels, k):
+    """Which photos are taken for their own class, and for class k: {score: (how, (n,) 1 or 0)}.
 
     without, marked: logits (N, K) without and with marks. k: None counts all photos as others.
     """
@@ -95,7 +100,7 @@ def right(without, marked, labels, k):
     for kind, chosen in (("the class", of_class), ("others", ~of_class)):
         for how, logits in (("without", without), ("with", marked)):
             predicted, name = logits.argmax(1)[chosen], f"{kind}, {how} the mark"
-            scores[f"{name}: right"] = mean_interval, (predicted == labels[chosen]).float()
+            scores[f"{name}: own class"] = mean_interval, (predicted == labels[chosen]).float()
             if kind == "others" and k is not None:
                 scores[f"{name}: taken for the class"] = mean_interval, (predicted == k).float()
     return {name: score for name, score in scores.items() if len(score[1])}
@@ -112,8 +117,9 @@ def claims(before, maps, added, boxes):
              for of_map in (maps, before)]
     scores = {"near the mark: the map's maximum": (mean_interval, (cells[1] * top).amax((1, 2))),
               "near the mark: share of what adds": (mean_interval, parts[0]),
-              "there, without the mark": (mean_interval, parts[1]),
-              "there, of the area": (mean_interval, cells[1].mean((1, 2))),
+              "  without the mark": (mean_interval, parts[1]),
+              "  difference": (paired, *parts),
+              "  of the area": (mean_interval, cells[1].mean((1, 2))),
               "the mark adds to the logit": (mean, added)}
     for margin, nearby in enumerate(cells):
         says, change = (values.mul(nearby).mean((1, 2)) for values in (maps, maps - before))
@@ -130,7 +136,7 @@ def measure(without, marked, boxes, labels, k=None):
     shown = marked[1].argmax(1) if k is None else torch.full_like(labels, k)
     each = torch.arange(len(labels))
     added = (marked[1] - without[1])[each, shown]
-    return (right(without[1], marked[1], labels, k)
+    return (predictions(without[1], marked[1], labels, k)
             | claims(without[0][each, shown], marked[0][each, shown], added, boxes))
 
 

@@ -152,11 +152,13 @@ def run(options):
     results = {(score, column, title): estimate for (title, column), seeds in found.items()
                for score, estimate in marks.estimates(seeds).items()}
     titles = list(dict.fromkeys(title for title, _ in found))
-    text, markdown = ("\n".join(table(results, title, form) for title in titles)
-                      for form in ("text", "markdown"))
+    markdown = "
+".join(table(results, title, "markdown") for title in titles)
     picture = draw(networks, val, marked, recipe.size)
     tables.write(out, {".md": markdown, ".csv": tables.csv_table(results)}, {".png": picture})
-    print(f"{text}\nwritten: {out}.md, .csv, .png")
+    print(*(table(results, title, "text") for title in titles[:2]),  # at one look
+          f"written: {out}.md, .csv, .png", sep="
+")
 
 
 def main(arguments=None):

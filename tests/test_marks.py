@@ -80,8 +80,8 @@ def test_what_hand_made_maps_say():
     assert values["near the mark: the map's maximum"][0].tolist() == [1, 1, 0]
     torch.testing.assert_close(values["near the mark: share of what adds"][0],
                                torch.tensor([4 / 5, 8 / 9, 0]))
-    assert values["there, without the mark"][0].tolist() == [0, 0, 0]
-    assert values["there, of the area"][0].tolist() == [9 / 16] * 3
+    assert values["  without the mark"][0].tolist() == [0, 0, 0]
+    assert values["  of the area"][0].tolist() == [9 / 16] * 3
     says, truth = values["its cells and 0 around, map: median share of that"]
     torch.testing.assert_close(says, torch.tensor([3.0, 6, 0]) / 16)
     torch.testing.assert_close(truth, torch.tensor([2.0, 6, -2]) / 16)
@@ -94,14 +94,14 @@ def test_who_is_right_in_four_parts():
     marked = torch.eye(3)[[0, 1, 0, 2]]
     labels = torch.tensor([0, 0, 1, 2])
     shares = {name: float(values.mean()) for name, (_, values) in
-              marks.right(without, marked, labels, 0).items()}
-    assert shares == {"the class, without the mark: right": 1,
-                      "the class, with the mark: right": 0.5,
-                      "others, without the mark: right": 1, "others, with the mark: right": 0.5,
+              marks.predictions(without, marked, labels, 0).items()}
+    assert shares == {"the class, without the mark: own class": 1,
+                      "the class, with the mark: own class": 0.5,
+                      "others, without the mark: own class": 1, "others, with the mark: own class": 0.5,
                       "others, without the mark: taken for the class": 0,
                       "others, with the mark: taken for the class": 0.5}
-    assert list(marks.right(without, marked, labels, None)) == [
-        "others, without the mark: right", "others, with the mark: right"]
+    assert list(marks.predictions(without, marked, labels, None)) == [
+        "others, without the mark: own class", "others, with the mark: own class"]
 
 
 def test_an_interval_of_photos_holds_its_statistic_as_often_as_it_says():
@@ -139,7 +139,7 @@ def test_seeds_are_stacked():
     seeds = [marks.measure(answers(), answers(), boxes, labels, 2) for _ in range(3)]
     found = marks.estimates(seeds)
     assert found.keys() == seeds[0].keys()
-    assert found["others, with the mark: right"].n == 20
+    assert found["others, with the mark: own class"].n == 20
     assert found["the mark adds to the logit"].value == pytest.approx(
         sum(float(seed["the mark adds to the logit"][1].mean()) for seed in seeds) / 3, abs=1e-6)
     everywhere = found["its cells and 3 around, change of map: the same"]

@@ -53,7 +53,7 @@ def test_a_run(demo, tmp_path, monkeypatch, capsys):
     for line in lines:
         if "taken" in line["score"]:
             assert 0 <= float(line["low"]) <= float(line["value"]) <= float(line["high"]) <= 1
-        if line["score"] == "the class, with the mark: right":
+        if line["score"] == "the class, with the mark: own class":
             assert line["map"].startswith("The mark comes") and line["n"] == "2"
     assert "The mark is the class, at 64 px" in printed
     assert "| the mark adds to the logit" in (tmp_path / "new" / "marks.md").read_text()
