@@ -199,8 +199,11 @@ class Run:
             epochs_to_72=passed, seconds_to_72=passed and seconds(self.rows[:passed]),
             seconds=seconds(self.rows), **config)
         files.write(self.folder / "result.json", json.dumps(result, indent=1).encode())
+        seen = best["size"].replace(" ", ", ")
         print(f"{self.folder}: best {best['val_accuracy']:.2%} (epoch {best['epoch']}), last "
-              f"{last['val_accuracy']:.2%}")
+              f"{last['val_accuracy']:.2%}, of photos seen at {seen} px"
+              + ("" if key == best["size"] else f"; the best at {key.replace(' ', ', ')} px, as "
+                 f"figures and scores see them: {self.accuracies[key]:.2%}"))
 
 
 def rounded(row, recipe):

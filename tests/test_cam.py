@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+import torchvision
 from conftest import (
     OTHER_SHAPES,
     REPO,
@@ -22,6 +23,7 @@ from conftest import (
     untrained,
 )
 from PIL import Image
+from torch import nn
 
 import cam
 import models
@@ -449,17 +451,18 @@ from PIL import Image
 
 weights = torchvision.models.ResNet18_Weights.DEFAULT
 network = torchvision.models.resnet18(weights=weights)
+
 photo = Image.open("photo.jpg").convert("RGB")
 image = weights.transforms(resize_size=224)(photo.resize((224, 224)))  # the whole photo
-maps, logits = cam.explain(network, image[None])                       # (1, 1000, 7, 7), (1, 1000)
-best = maps[0, logits.argmax()]
+maps, logits = cam.explain(network, image[None])  # (1, 1000, 7, 7), in logits; (1, 1000)
+best = maps[0, logits[0].argmax()]
 Image.fromarray(cam.overlay(photo, best, cam.scale_of(best)).numpy()).save("cam.png")
 """
 
 
 def test_file_works_alone_and_its_import_does_nothing(tmp_path):
     """The docstring's lines, and the README's for a network of torchvision."""
-    assert len([line for line in SNIPPET.splitlines() if line.strip()]) <= 10
+    assert len(SNIPPET.strip().split("\n\n")[-1].splitlines()) == 5  # from photo to picture
     shutil.copy(REPO / "cam.py", tmp_path)
     Image.fromarray(noise_photo((90, 140)).numpy()).save(tmp_path / "photo.jpg")
     offline = ("from torchvision import models\nbuild = models.resnet18\n"
@@ -503,3 +506,96 @@ def test_maps_of_one_cell_are_explained(arch):
     assert torch.allclose(logits, network(images))
     original = models.torchvision_models.get_model(arch, weights=None).double()
     assert cam.explain(original, images)[0].shape == (2, 1000, 1, 1)
+
+
+# ---------------------------------------------------------------- explain
+
+
+def own_network(pool="mean", seed=0):
+    """A network as a student writes one."""
+    class Network(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body = nn.Sequential(nn.Conv2d(3, 8, 8, 8), nn.BatchNorm2d(8), nn.ReLU())
+            self.pool = nn.AdaptiveAvgPool2d(1)
+            self.classifier = nn.Sequential(nn.Dropout(0.5), nn.Linear(8, 5))
+
+        def forward(self, x):
+            features = self.body(x)
+            pooled = {"mean": lambda: features.mean((2, 3)), "pool": lambda: self.pool(features),
+                      "max": lambda: features.amax((2, 3))}[pool]()
+            return self.classifier(pooled.flatten(1))
+
+    torch.manual_seed(seed)
+    return Network()
+
+
+def hooks_of(network):
+    return sum(len(module._forward_hooks) for module in network.modules())
+
+
+@pytest.mark.parametrize("pool", ["mean", "pool"])
+def test_explain_finds_the_features_of_a_network_and_leaves_it_as_it_was(pool):
+    network, images = own_network(pool), torch.randn(2, 3, 48, 64, generator=seeded())
+    network.body[1].eval()  # a frozen layer in a network that is training
+    before = ([module.training for module in network.modules()],
+              {name: values.clone() for name, values in network.state_dict().items()})
+    maps, logits = cam.explain(network, images)
+    assert [module.training for module in network.modules()] == before[0]
+    assert all(torch.equal(v, before[1][k]) for k, v in network.state_dict().items())
+    assert not hooks_of(network) and not maps.requires_grad
+    network.eval()
+    head = network.classifier[1]
+    assert torch.equal(logits, network(images))
+    assert torch.equal(maps, cam.class_activation_maps(network.body(images), head.weight))
+    assert maps.shape == (2, 5, 6, 8)
+    assert torch.allclose(maps.mean((2, 3)) + head.bias, logits, atol=1e-5)
+
+
+def test_a_map_of_one_cell_is_explained_too():
+    maps, logits = cam.explain(own_network("pool"), torch.randn(2, 3, 8, 8, generator=seeded()))
+    assert maps.shape == (2, 5, 1, 1)
+
+
+@pytest.mark.parametrize("arch", ["resnet18", "densenet121", "mobilenet_v2", "googlenet"])
+def test_explain_takes_torchvisions_networks(arch):
+    torch.manual_seed(0)
+    more = {"init_weights": True} if arch == "googlenet" else {}  # it has branches, `build` none
+    network = torchvision.models.get_model(arch, num_classes=7, **more)
+    images = torch.randn(1, 3, 96, 128, generator=seeded())
+    maps, logits = cam.explain(network, images)
+    with torch.no_grad():
+        assert torch.equal(logits, network.eval()(images))
+    assert maps.shape == (1, 7, 3, 4)
+    head = [module for module in network.modules() if isinstance(module, nn.Linear)][-1]
+    assert torch.allclose(maps.mean((2, 3)) + head.bias, logits, atol=1e-3)
+
+
+def test_explain_takes_a_camnet_and_its_looks():
+    network = untrained("cnn").float()
+    images = torch.randn(1, 3, 64, 64, generator=seeded())
+    for seen in (network, models.with_looks(network, [32, 64]), torch.compile(network)):
+        maps, _ = cam.explain(seen, images)
+        plain = getattr(seen, "_orig_mod", seen)
+        expected = cam.class_activation_maps(plain.features(images), network.head.weight)
+        assert torch.allclose(maps, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize(("make", "words"), [
+    (lambda: own_network("max"), "miss the logits"),
+    (lambda: nn.Conv2d(3, 8, 3), "a Conv2d has no maps"),
+    (lambda: nn.Sequential(nn.Flatten(), nn.Linear(3 * 48 * 64, 5)), "a Sequential has no maps"),
+    (lambda: torchvision.models.squeezenet1_1(), "a SqueezeNet has no maps"),
+])
+def test_explain_refuses_other_networks_and_leaves_them_as_they_were(make, words):
+    network = make()
+    with pytest.raises(ValueError, match=words):
+        cam.explain(network, torch.randn(2, 3, 48, 64, generator=seeded()))
+    assert all(module.training for module in network.modules()) and not hooks_of(network)
+
+
+def test_explain_leaves_no_hook_where_a_network_fails():
+    network = own_network().train()
+    with pytest.raises(RuntimeError):
+        cam.explain(network, torch.zeros(1, 4, 48, 64))
+    assert not hooks_of(network) and all(module.training for module in network.modules())

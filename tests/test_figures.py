@@ -1,5 +1,6 @@
 """figures.py: the commands figure, explain and gallery, as people type them."""
 
+import json
 import os
 import re
 import shutil
@@ -11,9 +12,11 @@ import unicodedata
 import numpy as np
 import pytest
 import torch
+import torchvision
 from conftest import (
     CLASSES,
     REPO,
+    SIZE,
     Written,
     checkpoint,
     facts_of,
@@ -27,6 +30,8 @@ import cam
 import data
 import figures
 import folders
+import fonts
+import machine
 import models
 import networks
 import page
@@ -582,3 +587,247 @@ def test_checkpoint_whose_numbers_are_not_finite_is_refused(call, demo, one, tmp
 def test_help_shows_the_defaults(call, command):
     result = call(command, "--help")
     assert result.returncode == 0 and "default: " in result.stdout and "best.pt" in result.stdout
+
+
+# ---------------------------------------------------------------- torchvision's networks, classes
+
+
+def stock(path, classes=1000):
+    """A file of torchvision's weights of a small network, the last layer with them."""
+    torch.manual_seed(0)
+    network = torchvision.models.mnasnet0_5(num_classes=classes)
+    nn.init.normal_(network.classifier[1].weight, std=0.1)
+    torch.save({"state_dict": network.state_dict()}, path)
+    return path
+
+
+def test_explain_a_network_of_torchvisions(call, demo, tmp_path, blocks):
+    photo = next((demo / "val").glob("*/*.JPEG"))
+    what = ["explain", photo, "--model", "mnasnet0_5", "--weights", stock(tmp_path / "mine.pth"),
+            "--dpi", 40, "--top", 1]
+    result = call(*what, "--class", "golf ball", "--class", "7")
+    assert result.returncode == 0, result.stderr
+    ((strip,),), = blocks
+    names = [tile.text.rsplit(" ", 3)[0].split("\n")[0] for tile in strip.tiles[2:]]
+    assert [name.rsplit(" ", 1)[0] for name in names] == ["golf ball", "cock"]
+    assert "weights of mine.pth, at 224 px: accuracy not measured" in strip.heading
+    (written,) = os.listdir("figures")
+    assert written == f"{photo.stem}-mnasnet0_5-mine-golf-ball-7.png"
+    (tmp_path / "names.txt").write_text("cat\ndog\n")
+    what[5] = stock(tmp_path / "two.pth", classes=2)
+    assert call(*what, "--names", "names.txt", "--class", "cat", "--class", "dog",
+                "--looks", "64,96").returncode == 0
+    assert {tile.text.split(" ")[0] for tile in blocks[1][0][0].tiles[1:]} == {"cat", "dog"}
+    assert ", at 64, 96 px" in blocks[1][0][0].heading
+    assert refused(call(*what, "--class", "unicorn"), "no class 'unicorn'", "class 0, class 1")
+
+
+def test_a_class_asked_for_is_shown_once_in_every_row(call, demo, one, two, blocks):
+    photo = next((demo / "val").glob("*/*.JPEG"))
+    asked = [word for name in CLASSES for word in ("--class", name)]
+    what = ["explain", photo, "--model", one, "--model", two, "--dpi", 40, "--top", 2, *asked]
+    assert call(*what).returncode == 0
+    ((first, second),), = blocks
+    for strip, model in ((first, one), (second, two)):
+        network, facts = models.load(model)
+        *_, probabilities = networks.predict_with_maps(
+            network, facts, [torch.from_numpy(data.decode(photo))])
+        top = [CLASSES[k] for k in probabilities[0].topk(2).indices]
+        rest = [name for name in CLASSES if name not in top]
+        shown = [re.sub(r" [\d.]+%.*", "", tile.text, flags=re.S) for tile in strip.tiles[1:]]
+        assert shown == top + rest
+
+
+# ---------------------------------------------------------------- a page to look into
+
+
+def test_explain_writes_a_page(call, demo, one, two, tmp_path):
+    photo = next((demo / "val").glob("*/*.JPEG"))
+    result = call("explain", photo, "--model", one, "--model", two, "--out", "new/photo.html",
+                  "--class", CLASSES[4], "--contrast", CLASSES[2], CLASSES[5])
+    assert result.returncode == 0 and result.stdout == "new/photo.html\n", result.stderr
+    page = (tmp_path / "new" / "photo.html").read_text(encoding="utf-8")
+    held = json.loads(re.search(r'id="data">(.*?)</script>', page, re.S)[1])
+    assert held["title"] == photo.name and held["classes"][held["first"]] == CLASSES[4]
+    assert [network["label"] for network in held["networks"]] == ["cnn", "cnn (2)"]
+    about = f"trained from scratch, at {SIZE} px: 50.0% of 40 val photos right"
+    assert held["networks"][0]["about"] == about
+    assert os.listdir("new") == ["photo.html"] and len(page.encode()) < 300_000
+    result = call("explain", photo, photo, "--model", one, "--out", "photo.html")
+    assert refused(result, "photo.html is one picture for 2 photos")
+    assert refused(call("explain", photo, "--model", one, "--out", "a.htm"), ".png, .pdf or .html")
+
+
+def test_a_page_of_networks_whose_classes_come_in_another_order(call, demo, one, tmp_path):
+    network, _ = models.load(one)
+    for parameter in network.head.parameters():
+        parameter.data = parameter.data.flip(0)
+    models.save(tmp_path / "turned.pt", network, **facts_of(classes=CLASSES[::-1]))
+    photo = next((demo / "val").glob("*/*.JPEG"))
+    assert call("explain", photo, "--model", one, "--model", "turned.pt", "--out",
+                "a.html").returncode == 0
+    page = (tmp_path / "a.html").read_text(encoding="utf-8")
+    first, second = json.loads(re.search(r'id="data">(.*?)</script>', page, re.S)[1])["networks"]
+    assert (first["bias"], first["logits"], first["maps"]) == (
+        second["bias"], second["logits"], second["maps"])
+
+
+# ---------------------------------------------------------------- devices
+
+
+@pytest.mark.parametrize("command", ["figure", "explain", "gallery", "predict"])
+def test_networks_compute_on_the_device_and_pictures_are_drawn_on_the_cpu(
+        call, demo, one, monkeypatch, command):
+    photo = next((demo / "val").glob("*/*.JPEG"))
+    what = {"figure": ["--data", demo, "--models", one, "--dpi", 40],
+            "explain": [photo, "--model", one, "--dpi", 40],
+            "gallery": ["--data", demo, "--model", one, "--dpi", 40],
+            "predict": [photo, "--model", one]}[command]
+    asked = []
+    monkeypatch.setattr(machine, "choose_device", lambda name: asked.append(name) or "cpu")
+    assert call(command, *what).returncode == 0
+    assert call(command, *what, "--device", "cuda:1").returncode == 0
+    assert asked == ["auto", "cuda:1"]
+    monkeypatch.undo()
+    result = call(command, *what, "--device", "tpu")
+    assert refused(result, "no device 'tpu' here")
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("command", ["figure", "gallery"])
+def test_a_gpu_draws_the_same(call, demo, one, seen, command):
+    model = {"figure": "--models", "gallery": "--model"}[command]
+    for device in ("cpu", "cuda"):
+        assert call(command, model, one, "--data", demo, "--device", device).returncode == 0
+    for ours, theirs in zip(seen[0][2], seen[1][2], strict=True):
+        assert torch.allclose(ours.maps, theirs.maps, atol=1e-3) and ours.right == theirs.right
+
+
+# ---------------------------------------------------------------- what is shown, said
+
+
+def test_letters_of_other_alphabets(call, demo, tmp_path, monkeypatch):
+    classes = ["Bj\u00f8rn", "\u0395\u03bb\u03bb\u03ac\u03b4\u03b1", "\u72ac", "\u732b"]
+    model = checkpoint(tmp_path / "best.pt", classes=classes)
+    photo = next((demo / "val").glob("*/*.JPEG"))
+    monkeypatch.setattr(fonts, "FOLDERS", [])
+    paper = Written(monkeypatch)
+    what = ["explain", photo, "--model", model, "--dpi", 40, "--top", 4]
+    result = call(*what, "--contrast", "2", "3")
+    words = {"class 1", "class 2", "class 3"} | {"Bjorn"}
+    assert result.returncode == 0 and "letters of 3 classes: class 1 is \u0395" in result.stderr
+    assert all(word in " ".join(paper.texts) for word in words), paper.texts
+    assert "orange speaks for class 2, blue for class 3" in " ".join(paper.texts)
+    assert not any("?" in text for text in paper.texts)
+    result = call(*what, "--font", "missing.ttf")
+    assert refused(result, "missing.ttf is no font")
+
+
+def test_a_strong_map_that_greys_the_others_is_named(call, demo, one, monkeypatch):
+    ask = networks.predict_with_maps
+
+    def strong(network, facts, photos):
+        maps, logits, probabilities = ask(network, facts, photos)
+        maps[0] *= 1000
+        return maps, logits, probabilities
+
+    monkeypatch.setattr(networks, "predict_with_maps", strong)
+    what = ["figure", "--models", one, "--data", demo, "--dpi", 40]
+    result = call(*what)
+    said = "9 of 10 maps stay below 25% of their scale, and are grey: --scale photo"
+    assert result.returncode == 0 and f"cnn: {said}" in result.stderr
+    assert "are grey" not in call(*what, "--scale", "photo").stderr
+    monkeypatch.undo()
+
+
+def test_a_contrast_has_a_line_for_each_of_the_two(call, demo, one, blocks):
+    photo = next((demo / "val").glob("*/*.JPEG"))
+    what = ["explain", photo, "--model", one, "--dpi", 40]
+    assert call(*what, "--contrast", *CLASSES[:2]).returncode == call(*what).returncode == 0
+    ((contrast,),), ((plain,),) = blocks
+    assert [tile.both for tile in contrast.tiles] == [False] * 4 + [True]
+    assert not any(tile.both for tile in plain.tiles)
+
+
+def test_checkpoints_of_one_name_in_two_folders_have_two_pictures(call, demo, tmp_path):
+    photo = next((demo / "val").glob("*/*.JPEG"))
+    paths = [tmp_path / name for name in (
+        "a/cnn/best.pt", "b/cnn/best.pt", "cnn/best.pt", "runs/cnn/best.pt", "runs/cnn/last.pt")]
+    for seed, path in enumerate(paths):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        checkpoint(path, seed=seed)
+        for given in (path, path.relative_to(tmp_path)):  # the same file, the same name
+            assert call("explain", photo, "--model", given, "--dpi", 40).returncode == 0
+    shown = ["a-cnn", "b-cnn", "cnn", "runs-cnn", "runs-cnn-last"]
+    assert sorted(os.listdir("figures")) == [f"{photo.stem}-{name}.png" for name in shown]
+
+
+# ---------------------------------------------------------------- whose photos
+
+
+def trained_checkpoint(path, folder, **more):
+    """A checkpoint that knows its photos."""
+    train, val = (folders.load(folder, split) for split in ("train", "val"))
+    torch.manual_seed(1)
+    network = models.cnn()
+    nn.init.normal_(network.head.weight)
+    facts = facts_of(settings={"data": [train.fingerprint, val.fingerprint]},
+                     trained_on=list(train.digests), **more)
+    models.save(path, network, **facts)
+    return path
+
+
+def test_the_photos_of_the_training_are_the_default(call, demo, tmp_path, seen):
+    model = trained_checkpoint(tmp_path / "best.pt", demo, data=str(demo))
+    for command, option in (("gallery", "--model"), ("figure", "--models")):
+        result = call(command, option, model, "--dpi", 40)
+        assert result.returncode == 0 and f"{demo}: 60 train" in result.stderr, result.stderr
+        assert "not the val photos" not in result.stderr and "trained on" not in result.stderr
+    model = trained_checkpoint(tmp_path / "best.pt", demo, data="gone")
+    assert refused(call("gallery", "--model", model), "data/imagenette2-160 does not exist")
+
+
+def test_other_photos_than_the_accuracy_is_of_are_named(call, demo, tmp_path):
+    model = trained_checkpoint(tmp_path / "best.pt", demo)
+    other = tmp_path / "data" / "imagenette2-160"
+    shutil.copytree(demo, other, ignore=shutil.ignore_patterns("*.pixels", "*.lock"))
+    result = call("gallery", "--model", model, "--dpi", 40)
+    assert result.returncode == 0 and "not the val photos" not in result.stderr  # a copy
+    next((other / "val").glob("*/*.JPEG")).unlink()
+    for command, option in (("gallery", "--model"), ("figure", "--models")):
+        result = call(command, option, model, "--dpi", 40)
+        said = "these are not the val photos of the training of cnn: its accuracy is of others"
+        assert result.returncode == 0 and f"data/imagenette2-160: {said}" in result.stderr
+
+
+def test_photos_that_were_trained_on_are_counted(call, demo, tmp_path):
+    model = trained_checkpoint(tmp_path / "best.pt", demo)
+    other = tmp_path / "turned"
+    shutil.copytree(demo / "train", other / "val")
+    shutil.copytree(demo / "val", other / "train")
+    for folder in (other / "val").iterdir():  # one photo of each class, trained on; another, not
+        first, *rest = sorted(folder.iterdir())
+        for path in rest:
+            path.unlink()
+        Image.fromarray(noise_photo((50, 50), seed=ord(folder.name[-1])).numpy()).save(
+            folder / "new.png")
+    result = call("gallery", "--model", model, "--data", other, "--dpi", 40)
+    assert "cnn was trained on 10 of these 20 val photos" in result.stderr
+    result = call("figure", "--models", model, "--data", other, "--dpi", 40)
+    assert re.search(r"cnn was trained on \d of these 10 val photos", result.stderr)
+
+
+def test_after_the_demo_its_networks_are_found(call, demo, tmp_path):
+    photo = next((demo / "val").glob("*/*.JPEG"))
+    assert refused(call("explain", photo), "runs/cnn/best.pt", "make train-cnn")
+    for name in ("cnn", "resnet18"):
+        (tmp_path / "runs/demo" / name).mkdir(parents=True)
+        trained_checkpoint(tmp_path / "runs/demo" / name / "best.pt", demo, data=str(demo))
+    result = call("explain", photo, "--dpi", 40)
+    assert result.returncode == 0 and "runs/demo/cnn/best.pt, of `make demo`" in result.stderr
+    for command in (["figure"], ["gallery"], ["predict", photo]):
+        result = call(*command)
+        assert result.returncode == 0 and "of `make demo`" in result.stderr, result.stderr
+    (tmp_path / "runs/cnn").mkdir()
+    checkpoint(tmp_path / "runs/cnn/best.pt")
+    assert "make demo" not in call("explain", photo, "--dpi", 40).stderr

@@ -1,9 +1,11 @@
 """networks.py: checkpoints that belong together, what networks say of photos, in every type."""
 
 import argparse
+from pathlib import Path
 
 import pytest
 import torch
+import torchvision
 from conftest import (
     CLASSES,
     OTHER_SHAPES,
@@ -168,3 +170,122 @@ def test_caption_of_a_network_says_only_what_is_known():
     line = ": 87.5% of held-out train right"
     assert networks.describe(facts | dict(accuracy_n=None)).endswith(line)
     assert networks.describe(facts | dict(accuracy=None)).endswith(": accuracy not measured")
+
+
+# ---------------------------------------------------------------- torchvision's networks, by name
+
+
+def imagenet_file(path, arch="mnasnet0_5", classes=1000, seed=0):
+    """A file of torchvision's weights, the last layer with them, as its user would save it."""
+    torch.manual_seed(seed)
+    network = torchvision.models.get_model(arch, num_classes=classes)
+    for parameter in network.parameters():
+        if parameter.dim() == 2:
+            nn.init.normal_(parameter, std=0.1)
+    torch.save(network.state_dict(), path)
+    return network.eval()
+
+
+def torchvisions_own(network, photo, size):
+    """The logits of a network of torchvision's for a whole photo at `size`."""
+    ((images, _),) = data.eval_batches(data.from_arrays([photo]), size, 1)
+    with torch.no_grad():
+        return network(images)
+
+
+@pytest.mark.parametrize("arch", ["mnasnet0_5", "mobilenet_v2", "densenet121", "regnet_y_400mf"])
+def test_a_network_of_torchvisions_says_what_torchvision_says(tmp_path, arch, capsys):
+    own = imagenet_file(tmp_path / "file.pth", arch)
+    ((network, facts),) = networks.load_networks([arch], weights=[tmp_path / "file.pth"])
+    assert "file.pth: its 1,000 classes are called as ImageNet's" in capsys.readouterr().err
+    assert facts["classes"][:2] == ["tench", "goldfish"] and len(facts["classes"]) == 1000
+    assert facts["looks"] == [224] and facts["size"] == 224
+    assert networks.describe(facts) == (f"{arch}, weights of file.pth, at 224 px: accuracy not "
+                                        "measured")
+    maps, logits, _ = networks.predict_with_maps(network, facts, PHOTOS[:1])
+    expected = torchvisions_own(own, PHOTOS[0], 224)
+    assert torch.allclose(logits, expected, atol=1e-5 * float(1 + expected.abs().max()))
+    assert torch.allclose(maps.mean((2, 3)) + network.head.bias, logits, atol=1e-3)
+
+
+def test_imagenets_weights_are_torchvisions_best_or_those_named(tmp_path, monkeypatch):
+    own, asked = imagenet_file(tmp_path / "file.pth"), []
+    entry = torchvision.models.get_model_weights("mnasnet0_5")
+
+    def download(weights, **_):
+        asked.append(weights.name)
+        return torch.load(tmp_path / "file.pth", weights_only=True)
+
+    monkeypatch.setattr(entry, "get_state_dict", download)
+    for weights in (None, [Path("IMAGENET1K_V1")]):
+        ((network, facts),) = networks.load_networks([Path("mnasnet0_5")], weights=weights)
+        assert facts["how"] == "torchvision's IMAGENET1K_V1" and facts["classes"][0] == "tench"
+        _, logits, _ = networks.predict_with_maps(network, facts, PHOTOS[:1])
+        assert torch.allclose(logits, torchvisions_own(own, PHOTOS[0], 224), atol=1e-4)
+    assert asked == ["IMAGENET1K_V1"] * 2
+
+
+def test_a_network_sees_images_as_torchvision_normalises_them():
+    facts = {"mean": (0.5, 0.4, 0.3), "std": (0.5, 0.25, 0.2)}  # efficientnet_v2_l's are 0.5
+    pixels = torch.rand(2, 3, 4, 4)
+    ours, theirs = ((pixels - torch.tensor(mean)[:, None, None]) / torch.tensor(std)[:, None, None]
+                    for mean, std in ((data.MEAN, data.STD), facts.values()))
+    assert torch.allclose(networks.normalised(ours, facts), theirs, atol=1e-5)
+    assert networks.normalised(ours, {"mean": list(data.MEAN), "std": data.STD}) is ours
+
+
+def test_classes_of_a_file_are_called_by_a_file_or_by_numbers(tmp_path):
+    imagenet_file(tmp_path / "file.pth", classes=3)
+
+    def classes(names=None):
+        ((_, facts),) = networks.load_networks(["mnasnet0_5"], weights=[tmp_path / "file.pth"],
+                                               names=names)
+        return facts["classes"]
+
+    assert classes() == ["class 0", "class 1", "class 2"]
+    names = tmp_path / "names.txt"
+    names.write_text("\ufeffcafe\u0301\nBj\u00f8rn\r\n\ntea \n", encoding="utf-8")
+    assert classes(names) == ["caf\u00e9", "Bj\u00f8rn", "tea"]
+    names.write_text("one\ntwo\n")
+    with pytest.raises(ValueError, match="names.txt names 2 classes, and .*file.pth has 3"):
+        classes(names)
+    names.write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(ValueError, match="names.txt is no text in UTF-8"):
+        classes(names)
+
+
+def test_weights_and_names_are_for_networks_by_name(tmp_path, monkeypatch):
+    one = checkpoint(tmp_path / "best.pt")
+    for given in ({"weights": ["a.pth"]}, {"names": tmp_path / "names.txt"}):
+        with pytest.raises(ValueError, match="are for networks of torchvision's, and 0 are named"):
+            networks.load_networks([one], **given)
+    with pytest.raises(ValueError, match="1 are named"):
+        networks.load_networks(["resnet18"], weights=["a.pth", "b.pth"])
+    monkeypatch.chdir(tmp_path)
+    checkpoint(tmp_path / "resnet18")  # a file of that name goes first
+    assert networks.load_networks(["resnet18"])[0][1]["arch"] == "cnn"
+    with pytest.raises(ValueError, match="vgg11 cannot be explained exactly"):
+        networks.load_networks(["vgg11"])
+
+
+def test_a_class_is_asked_for_by_name_or_number():
+    classes = ["tench", "caf\u00e9", "crane", "crane", "7", "Golf ball", "golf ball"]
+    for asked, k in (("tench", 0), ("cafe\u0301", 1), ("CAF\u00c9", 1), ("7", 4), ("3", 3),
+                     ("golf ball", 6), ("Golf ball", 5)):
+        assert networks.class_index(asked, classes) == k
+    with pytest.raises(ValueError, match="'crane' is the name of classes 2, 3: say a number"):
+        networks.class_index("crane", classes)
+    with pytest.raises(ValueError, match="no class '8': the networks know tench, "):
+        networks.class_index("8", classes)
+    many = [f"class {k}" for k in range(999)] + ["golf ball"]
+    with pytest.raises(ValueError, match=r"no class 'golfball': the networks know golf ball, \.\."):
+        networks.class_index("golfball", many)
+
+
+def test_networks_go_to_the_device_that_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(nn.Module, "to", lambda self, device: moved.append(str(device)) or self)
+    moved = []
+    imagenet_file(tmp_path / "file.pth")
+    networks.load_networks(["mnasnet0_5"], device="mps", weights=[tmp_path / "file.pth"])
+    networks.load_networks([checkpoint(tmp_path / "best.pt")], device="mps")
+    assert moved == ["mps", "mps"]

@@ -383,3 +383,71 @@ def test_full_disk_leaves_the_picture_of_before(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="No space left on device.*figure.png"):
         page.save_picture(Image.new("RGB", (9, 9)), path)
     assert path.read_bytes() == before and [p.name for p in tmp_path.iterdir()] == ["figure.png"]
+
+
+# ---------------------------------------------------------------- lines, and maps beside a photo
+
+
+def lines(tile):
+    """How many pixels of a map over a grey photo are as dark as a line."""
+    drawn = page.draw_tile(tile, 90, 90, False, page.Paper(DPI))
+    return int((np.array(drawn)[:90] < 60).all(2).sum())
+
+
+def test_a_faint_map_has_no_line_and_the_page_says_so(monkeypatch):
+    photo, spot = grey_photo(128, (90, 90)), torch.zeros(5, 5)
+    spot[2, 2] = 1.0
+    for scale, seen in ((1.0, True), (3.9, True), (4.1, False), (40.0, False)):
+        assert (lines(page.Tile(photo, "", spot, scale)) > 50) == seen
+    said = []
+    for scale in (3.9, 4.1):
+        paper = Written(monkeypatch)
+        page.draw_page([[page.Strip([page.Tile(photo, "", spot, scale)])]], "", DPI)
+        said.append("below 25% of its scale has no line" in " ".join(paper.texts))
+        monkeypatch.undo()
+    assert said == [False, True]
+
+
+def test_a_difference_has_a_line_on_both_sides():
+    photo, spots = grey_photo(128, (90, 90)), torch.zeros(9, 9)
+    spots[2, 2], spots[6, 6] = 1.0, -1.0
+    one, both, of_minus = (lines(page.Tile(photo, "", *more)) for more in (
+        (spots, 1.0), (spots, 1.0, False, True), (-spots, 1.0)))
+    assert both == one + of_minus > one > 50
+    spots[6, 6] = -0.2  # faint on that side
+    assert lines(page.Tile(photo, "", spots, 1.0, False, True)) == one
+
+
+def place_of(canvas, colour):
+    """(y, x, height, width) of what has a colour in a picture."""
+    ys, xs = np.nonzero((np.array(canvas) == colour).all(2))
+    return int(ys.min()), int(xs.min()), int(np.ptp(ys)) + 1, int(np.ptp(xs)) + 1
+
+
+@pytest.mark.parametrize("size", [(60, 90), (90, 60), (300, 20), (20, 300)])
+@pytest.mark.parametrize("networks", [2, 3])
+def test_of_one_photo_the_maps_of_several_networks_lie_beside_it(monkeypatch, size, networks):
+    paper = Written(monkeypatch)
+    photo = torch.tensor(MAGENTA, dtype=torch.uint8).expand(*size, 3).contiguous()
+    label = "mobilenet_v2, only its last layer trained, at 224, 320 px: 97.3% of 3,925 val right"
+    rows = [cam_row(torch.full((1, 3, 3), -1.0 - i), [f"caption {i}"], label=label)
+            for i in range(networks)]
+    picture = page.compose([photo], ["title"], rows, dpi=DPI)
+    y, x, height, width = place_of(picture, MAGENTA)
+    assert abs(width / height - size[1] / size[0]) < 0.1 * size[1] / size[0] + 0.05
+    deepest = [place_of(picture, tuple(cam.overlay(photo, row.maps[0], 1.0 + i)[0, 0].tolist()))
+               for i, row in enumerate(rows)]
+    assert all((top, high) == (y, height) for top, _, high, _ in deepest)  # one height
+    assert x < deepest[0][1] and picture.width <= PAGE + 1
+    assert picture.height < height + 130  # no tower
+    assert {"title", "caption 0", "caption 1"} <= set(paper.texts) and not overlapping(paper)
+    ends = [text for text in paper.texts if text in ("+1.00", "+2.00", "+3.00")]
+    assert ends == ["+1.00", "+2.00", "+3.00"][:networks]  # a scale each, with its bar
+
+
+def test_one_network_or_many_lie_below_a_photo():
+    photo, row = noise_photo((50, 50)), cam_row(torch.ones(1, 2, 2))
+    heights = [page.compose([photo], ["a"], [row] * n, dpi=DPI).height for n in (1, 2, 3, 4)]
+    assert heights[0] > heights[1] and heights[3] > 2 * heights[2]
+    below = page.compose([photo], ["a"], [row] * 2, columns=2, dpi=DPI)
+    assert below.height > heights[0]
