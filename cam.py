@@ -12,13 +12,14 @@ any network, and checks that. This file imports nothing of the project: copy it.
     python cam.py figure | explain | gallery | predict               # pages of maps: see figures.py
 """
 
-import math
 import os
 import signal
 import sys
 
 if __name__ == "__main__":  # Ctrl-C while torch is imported
     signal.signal(signal.SIGINT, lambda *_: os._exit(130))
+
+import math
 
 import numpy as np
 import torch

@@ -92,6 +92,7 @@ def load_from_torchvision(arch, weights=None, names=None, looks=None, device="cp
     names: a file of the classes' names, a line each. looks: sizes in px; None: that at which
     torchvision evaluates it. Raises ValueError.
     """
+    arch = str(arch)  # of a command line's paths
     named = torchvision.models.get_model_weights(arch)
     entry = named.__members__.get(str(weights), named.DEFAULT)
     by_name = weights is None or str(weights) == entry.name

@@ -152,13 +152,11 @@ def run(options):
     results = {(score, column, title): estimate for (title, column), seeds in found.items()
                for score, estimate in marks.estimates(seeds).items()}
     titles = list(dict.fromkeys(title for title, _ in found))
-    markdown = "
-".join(table(results, title, "markdown") for title in titles)
+    markdown = "\n".join(table(results, title, "markdown") for title in titles)
     picture = draw(networks, val, marked, recipe.size)
     tables.write(out, {".md": markdown, ".csv": tables.csv_table(results)}, {".png": picture})
     print(*(table(results, title, "text") for title in titles[:2]),  # at one look
-          f"written: {out}.md, .csv, .png", sep="
-")
+          f"written: {out}.md, .csv, .png", sep="\n")
 
 
 def main(arguments=None):

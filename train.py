@@ -11,20 +11,21 @@ and launch.py listens. Copy train.py, optim.py, data.py and models.py, and this 
     recipe = make_recipe("cnn", epochs=5)
     precision = choose_precision(photos.device)
     for epoch in train(recipe, start(recipe, photos, precision), photos, val, precision):
-        print(epoch.row)                       # epoch.network: to keep; epoch.state: to go on from
+        print(epoch.row)                       # epoch.network: to save; epoch.state: to go on from
 """
 
-import math
 import os
 import signal
 import sys
+
+if __name__ == "__main__":  # Ctrl-C while torch is imported
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
+
+import math
 import time
 import warnings
 from dataclasses import dataclass
 from typing import NamedTuple
-
-if __name__ == "__main__":  # Ctrl-C while torch is imported
-    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
 
 import torch
 import torch.distributed as dist
@@ -227,16 +228,16 @@ def make_step(network, optimizer, scaler, average, precision, smoothing):
 def train_epoch(step, batches, rates, average):
     """One epoch of (x, labels), with a learning rate for each step.
 
-    Returns the losses (steps,), how many photos were right, and of how many; on the device, for
-    asking it for a number would wait for it.
+    Returns the losses (steps,), how many photos were right, and of how many (steps,); on the
+    device, for asking it for a number would wait for it.
     """
-    losses, correct, photos = [], 0, 0
+    losses, correct, counts = [], 0, []
     for (x, labels), rate in zip(batches, rates, strict=True):
         loss, right = step(x, labels, rate, average.next_share())
         losses.append(loss)
         correct = correct + right
-        photos += len(labels)
-    return torch.stack(losses), correct, torch.tensor(photos, device=correct.device)
+        counts.append(float(len(labels)))
+    return torch.stack(losses), correct, torch.tensor(counts, device=correct.device)
 
 
 class Recorded:
@@ -362,8 +363,9 @@ class Epoch(NamedTuple):
     """What `train` yields."""
 
     row: dict  # of the log: losses, accuracies, rate, speed
-    network: torch.nn.Module  # with the averaged weights: what was validated, and is to be kept
-    state: dict  # of state dicts, which the next epoch changes: all that is needed to go on
+    # The next epoch changes both: save or copy what is to be kept.
+    network: torch.nn.Module  # with the averaged weights, which were validated
+    state: dict  # of state dicts: all that is needed to go on
 
 
 def train(recipe, network, photos, val, precision, state=None):
@@ -396,10 +398,12 @@ def train(recipe, network, photos, val, precision, state=None):
                  for i in range(steps)]
         batches = train_batches(recipe, photos, epoch, precision.products)
         module.train()
-        losses, correct, count = map(add_up, train_epoch(step, batches, rates, average))
-        row = dict(epoch=epoch + 1, train_loss=float(losses.mean()) / processes()[1],
-                   train_accuracy=int(correct) / int(count), lr=rates[0],
-                   images_per_second=int(count) / (time.perf_counter() - started))
+        losses, correct, counts = train_epoch(step, batches, rates, average)
+        losses, correct, counts = map(add_up, (losses * counts, correct, counts))
+        losses, count = losses / counts, float(counts.sum())  # of the photos of all processes
+        row = dict(epoch=epoch + 1, train_loss=float(losses.mean()),
+                   train_accuracy=int(correct) / count, lr=rates[0],
+                   images_per_second=count / (time.perf_counter() - started))
         take_statistics(module, average.module)
         totals = evaluate(average.module, val_batches(recipe, val, epoch), precision,
                           len(photos.classes))

@@ -97,7 +97,8 @@ def test_who_is_right_in_four_parts():
               marks.predictions(without, marked, labels, 0).items()}
     assert shares == {"the class, without the mark: own class": 1,
                       "the class, with the mark: own class": 0.5,
-                      "others, without the mark: own class": 1, "others, with the mark: own class": 0.5,
+                      "others, without the mark: own class": 1,
+                      "others, with the mark: own class": 0.5,
                       "others, without the mark: taken for the class": 0,
                       "others, with the mark: taken for the class": 0.5}
     assert list(marks.predictions(without, marked, labels, None)) == [

@@ -602,7 +602,6 @@ def test_gradients_and_sums_of_several_processes_are_those_of_one(shards):
         assert torch.allclose(sums, their_sums, atol=1e-4)
 
 
-@pytest.mark.xfail(strict=True, reason="the mean of the parts' means, whatever their lengths")
 def test_losses_of_several_processes_are_those_of_one(shards):
     (_, (losses, *_)), *ranks = shards
     for _, (their_losses, *_) in ranks:
