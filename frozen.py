@@ -1,6 +1,6 @@
 """Frozen networks: photos become their features once, and a head is trained on those.
 
-    inputs = frozen.store(network, photos, size, mirrored, "train.features")    # see train.train
+    features = frozen.store(network, photos, size, "train.features")     # see train.train
 
 The features stand in a file, batch after batch: a pass that was killed goes on, and a second
 training, with another learning rate or seed, starts at once.
@@ -22,60 +22,59 @@ import models
 class Features(NamedTuple):
     """What a frozen network says of photos: all that the training of its head needs of them."""
 
-    vectors: torch.Tensor  # (views, N, C) float32: of the photos, and of their mirror images
+    vectors: torch.Tensor  # (N, C) float32, each a mean over the map
     labels: torch.Tensor  # (N,), on the same device
     classes: list
     device: torch.device
 
 
 @torch.no_grad()
-def frozen_vectors(network, photos, size, mirrored, batch_size):
-    """Yields, batch after batch, the features of `photos` at `size` px, averaged over the map, and,
-    if `mirrored`, those of their mirror images: (B, 1 or 2, C) float32."""
+def frozen_vectors(network, photos, size, batch_size=16):
+    """Yields, batch after batch, the features of `photos` at `size` px, averaged over the map:
+    (B, C) float32. Mirror images, or a second look, gave no head that was right more often."""
     features = models.fold_norms(network).features
     for images, _ in data.eval_batches(photos, size, batch_size):
-        views = [images, images.flip(3)] if mirrored else [images]
-        yield torch.stack([features(view).mean((2, 3)) for view in views], 1)
+        yield features(images).mean((2, 3))
 
 
-def compute(network, photos, size, mirrored, label="features:"):
+def compute(network, photos, size, label="features:"):
     """The `Features` of photos, in memory."""
-    batches = frozen_vectors(network, photos, size, mirrored, 16)
-    vectors = torch.cat([*files.progress(batches, label, len(photos), size=len)]).transpose(0, 1)
-    return Features(vectors.contiguous(), photos.labels.to(photos.device), photos.classes,
-                    photos.device)
+    batches = frozen_vectors(network, photos, size)
+    return with_labels(torch.cat([*files.progress(batches, label, len(photos), size=len)]), photos)
 
 
-def features_path(pixels, network, photos, size, mirrored):
+def with_labels(vectors, photos):
+    """`Features`, on the photos' device."""
+    device = photos.device
+    return Features(vectors.to(device), photos.labels.to(device), photos.classes, device)
+
+
+def features_path(pixels, network, photos, size):
     """The file of these features, beside that of the pixels: its name changes with the weights, the
-    looks, the photos and the kind of device."""
-    looks = getattr(network.features, "sizes", None)
-    facts = [photos.fingerprint, looks, size, mirrored, photos.device.type]
+    size, the photos and the kind of device."""
+    facts = [photos.fingerprint, size, photos.device.type]
     key = hashlib.blake2b(repr(facts).encode(), digest_size=6)
     for tensor in network.features.state_dict().values():
         key.update(tensor.cpu().contiguous().numpy().tobytes())
     return Path(pixels).with_suffix(f".{key.hexdigest()}.features")
 
 
-def store(network, photos, size, mirrored, path, label="features:"):
+def store(network, photos, size, path, label="features:"):
     """The `Features` of photos. What `path` holds of them is read, and the rest computed."""
-    count, views, channels = len(photos), 1 + mirrored, network.head.in_features
+    count, channels = len(photos), network.head.in_features
     batch_size = 16 if photos.device.type == "cpu" else 256
-    row = 4 * views * channels  # bytes of a photo
     with files.lock(path), named(path), open(path, "ab") as file:
-        done = file.tell() // row
+        done = file.tell() // (4 * channels)
         if done < count:
             done -= done % batch_size  # the same batches as without a kill: the same bits
-            file.truncate(done * row)
+            file.truncate(4 * channels * done)
             rest = photos.subset(torch.arange(done, count))
-            batches = frozen_vectors(network, rest, size, mirrored, batch_size)
+            batches = frozen_vectors(network, rest, size, batch_size)
             for vectors in files.progress(batches, label, len(rest), size=len):
                 file.write(vectors.cpu().numpy().tobytes())
                 file.flush()
-    vectors = torch.from_numpy(np.fromfile(path, np.float32, count * views * channels))
-    vectors = vectors.view(count, views, channels).transpose(0, 1).contiguous()
-    device = photos.device
-    return Features(vectors.to(device), photos.labels.to(device), photos.classes, device)
+    vectors = torch.from_numpy(np.fromfile(path, np.float32, count * channels))
+    return with_labels(vectors.view(count, channels), photos)
 
 
 @contextlib.contextmanager

@@ -50,9 +50,9 @@ def make_parser():
     add_recipe("size", px, "side of the photos in evaluation, px; of the cnn so that objects are "
                "as large as in crops: 96 for 64 px and 100 epochs")
     add("--looks", type=files.sizes, default=argparse.SUPPRESS, metavar="PX,PX,...",
-        help="sides of the photos when maps are made, and for the features under a head; their "
-        "feature maps are averaged (default: 2/3, 1 and 4/3 of --size for the cnn, with "
-        "--plain-crop that alone, 1 and 10/7 of it for other networks)")
+        help="sides of the photos when maps are made; their feature maps are averaged (default: "
+        "2/3, 1 and 4/3 of --size for the cnn, with --plain-crop that alone, 1 and 10/7 of it for "
+        "other networks)")
     add_recipe("batch-size", number(1, 2**31), "photos in a step")
     add_recipe("lr", number(0, 1e37, float), "peak learning rate of filters; 5 times it of others")
     add_recipe("weight-decay", number(0, 1e3, float), "of filters, in units of the learning rate")
@@ -250,11 +250,11 @@ def check_state(state, network, recipe, last):
 
 def head_inputs(network, recipe, folder, photos, val):
     """The features of photos and val under a frozen network, beside their pixels."""
-    size, found = recipe.looks[-1], []
-    for split, own, mirrored in (("train", photos, True), ("val", val, False)):
+    found = []
+    for split, own in (("train", photos), ("val", val)):
         pixels = folders.pixels_path(folder, split)
-        path = frozen.features_path(pixels, network, own, size, mirrored)
-        found.append(frozen.store(network, own, size, mirrored, path, f"features of {split}:"))
+        path = frozen.features_path(pixels, network, own, recipe.size)
+        found.append(frozen.store(network, own, recipe.size, path, f"features of {split}:"))
     return found
 
 
@@ -287,7 +287,7 @@ def train_epochs(run, network, folder, photos, val, precision, state):
 def main(arguments=None):
     """The command line: a run, and a sentence for what a user can mend."""
     recipe, options = parse_arguments(arguments)
-    smaller = ("smaller --looks" if recipe.training == "head" else f"a smaller --batch-size than "
+    smaller = ("a smaller --size" if recipe.training == "head" else f"a smaller --batch-size than "
                f"{recipe.batch_size}, or a smaller --crop or --size")
     files.run_command(train_run, recipe, options, out_of_memory=f"use {smaller}",
                       interrupted="the finished epochs are saved, and the same command goes on")

@@ -168,11 +168,15 @@ def check_smallest_look(path, network, size):
 def describe(facts):
     """A checkpoint in a line: what it is, how it was trained, its looks, how often it is right."""
     name = f"{facts['arch']}, {facts['how']}, at {', '.join(map(str, facts['looks']))} px"
-    if facts["accuracy"] is None:
+    accuracy, at = facts["accuracy"], ""
+    if accuracy is None and facts.get("accuracies"):  # it is known of other looks
+        (looks, accuracy), *_ = facts["accuracies"].items()
+        at = f" at {', '.join(looks.split())} px"
+    if accuracy is None:
         return f"{name}: accuracy not measured"
     split = facts.get("accuracy_on") or "val"
     measured = f"{facts['accuracy_n']:,} {split} photos" if facts.get("accuracy_n") else split
-    return f"{name}: {facts['accuracy']:.1%} of {measured} right"
+    return f"{name}: {accuracy:.1%} of {measured} right{at}"
 
 
 # ---------------------------------------------------------------- predictions

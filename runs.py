@@ -174,10 +174,10 @@ class Run:
 
     def finish(self, state, val, precision):
         """Write result.json, the last file of a run. The best weights get the accuracy of all their
-        looks, where val was seen at one."""
+        looks, as val was seen at one; not those of a head, whose whole training takes less time."""
         self.export()
         key = models.looks_key(self.recipe.looks)
-        if key not in self.accuracies:
+        if key not in self.accuracies and self.recipe.training != "head":
             network, facts = models.load(self.folder / "best.pt", val.device)
             totals = train.evaluate(network, data.eval_batches(val, facts["size"], 64), precision,
                                     len(facts["classes"]))
@@ -199,18 +199,17 @@ class Run:
             epochs_to_72=passed, seconds_to_72=passed and seconds(self.rows[:passed]),
             seconds=seconds(self.rows), **config)
         files.write(self.folder / "result.json", json.dumps(result, indent=1).encode())
-        seen = best["size"].replace(" ", ", ")
         print(f"{self.folder}: best {best['val_accuracy']:.2%} (epoch {best['epoch']}), last "
-              f"{last['val_accuracy']:.2%}, of photos seen at {seen} px"
-              + ("" if key == best["size"] else f"; the best at {key.replace(' ', ', ')} px, as "
-                 f"figures and scores see them: {self.accuracies[key]:.2%}"))
+              f"{last['val_accuracy']:.2%}, of photos seen at {best['size']} px")
+        if key in self.accuracies and key != best["size"]:
+            print(f"{self.folder}: the best at {key.replace(' ', ', ')} px, as figures and scores "
+                  f"see them: {self.accuracies[key]:.2%}")
 
 
 def rounded(row, recipe):
     """A row of `train.train` as the log shows it, with the size (px) at which val was seen."""
-    head, (_, size) = recipe.training == "head", train.sides(recipe, row["epoch"] - 1)
-    looks = recipe.looks if head else [size]
-    return dict(epoch=row["epoch"], size=models.looks_key(looks),
+    size = train.sides(recipe, row["epoch"] - 1)[1]
+    return dict(epoch=row["epoch"], size=models.looks_key([size]),
                 train_loss=round(row["train_loss"], 4),
                 train_accuracy=round(row["train_accuracy"], 5), val_loss=round(row["val_loss"], 4),
                 val_accuracy=round(row["val_accuracy"], 5),

@@ -75,7 +75,7 @@ def train_network(recipe, photos, val, label):
     precision = train.choose_precision(photos.device, recipe.training)
     network, splits = train.start(recipe, photos, precision), [photos, val]
     if recipe.training == "head":
-        splits = [frozen.compute(network, split, recipe.size, False) for split in splits]
+        splits = [frozen.compute(network, split, recipe.size) for split in splits]
     for epoch in train.train(recipe, network, *splits, precision):
         print(f"{label}: epoch {epoch.row['epoch']} of {recipe.epochs}, "
               f"{epoch.row['val_accuracy']:.0%} of val right", file=sys.stderr)

@@ -45,8 +45,8 @@ class Recipe:
     training: str  # what is trained, a key of DEFAULTS
     epochs: int
     crop: int  # px, side of a training crop
-    size: int  # px, side of the photos in evaluation; of a head, `looks` alone count
-    looks: tuple  # px, sides of the photos when maps are made, and for stored features
+    size: int  # px, side of the photos in evaluation, and for the features under a head
+    looks: tuple  # px, sides of the photos when maps are made
     batch_size: int
     lr: float  # at its peak, of convolutions; Muon takes 5 times it for all else
     weight_decay: float
@@ -317,7 +317,6 @@ def start(recipe, photos, precision):
     torch.manual_seed(recipe.seed)
     network = models.build(recipe.arch, len(photos.classes), recipe.weights, recipe.width)
     if recipe.training == "head":
-        network = models.with_looks(network, recipe.looks)
         network.features.requires_grad_(False)
     elif recipe.training == "scratch":
         count = max(1, min(256, 2**22 // recipe.crop**2))  # no more pixels for larger crops
@@ -330,7 +329,7 @@ def start(recipe, photos, precision):
 def train_batches(recipe, photos, epoch, products):
     """An epoch's batches (x, labels); each process gets its part of every batch.
 
-    x: random crops; for a head each photo's features, of the photo as it is or mirrored.
+    x: random crops; for a head each photo's stored features.
     """
     rank, world = processes()
     generator = torch.Generator().manual_seed(epoch_seed(recipe, epoch))
@@ -340,15 +339,14 @@ def train_batches(recipe, photos, epoch, products):
                                       products)
         return
     for index in data.shuffled(len(photos.labels), recipe.batch_size, generator):
-        view = torch.randint(len(photos.vectors), (len(index),), generator=generator)
-        index, view = (t[rank::world].to(photos.device) for t in (index, view))
-        yield photos.vectors[view, index], photos.labels[index]
+        index = index[rank::world].to(photos.device)
+        yield photos.vectors[index], photos.labels[index]
 
 
 def val_batches(recipe, val, epoch):
     """All of val, as `train_batches`: whole photos, or their features."""
     if recipe.training == "head":
-        return [(val.vectors[0], val.labels)]
+        return [(val.vectors, val.labels)]
     rank, world = processes()
     return data.eval_batches(val.subset(torch.arange(rank, len(val), world)),
                              sides(recipe, epoch)[1], 128)

@@ -484,9 +484,8 @@ def frozen_resnet():
 
 
 @torch.no_grad()
-def features_one_by_one(network, photos, size, mirror):
+def features_one_by_one(network, photos, size):
     """Each photo's features, by the network as it is: (N, C)."""
     single = [photos.subset(torch.tensor([i])) for i in range(len(photos))]
-    images = [x.flip(3) if mirror else x for photo in single
-              for x, _ in data.eval_batches(photo, size, 1)]
+    images = [x for photo in single for x, _ in data.eval_batches(photo, size, 1)]
     return torch.cat([network.features(x).mean((2, 3)) for x in images])

@@ -49,10 +49,12 @@ PROTOCOLS = (
      dict(arch="cnn", epochs=20, crop=128, size=128)),
     ("CNN, plain 64 px crops → 160 px, 40 epochs", REPORT,
      dict(arch="cnn", plain_crop=True, epochs=40, size=160)),
-    ("MobileNetV2, one look", HEAD_REPORT,
-     dict(arch="mobilenet_v2", training="head", looks=[224])),
-    ("MobileNetV2, two looks", HEAD_REPORT,
-     dict(arch="mobilenet_v2", training="head", looks=[224, 320])),
+    ("MobileNetV2, last layer", HEAD_REPORT,
+     dict(arch="mobilenet_v2", training="head", looks=[224, 320], version=6)),
+    ("MobileNetV2, mirrored, one look", HEAD_REPORT,
+     dict(arch="mobilenet_v2", training="head", looks=[224], version=4)),
+    ("MobileNetV2, mirrored, two looks", HEAD_REPORT,
+     dict(arch="mobilenet_v2", training="head", looks=[224, 320], version=5)),
 )
 CONTROLS = ("average drop", "increase in confidence", "deletion", "insertion", "pointing game",
             "MaxBoxAccV2, cross-fitted")

@@ -24,61 +24,57 @@ def passes(monkeypatch):
     return counts
 
 
-@pytest.mark.parametrize("mirrored", [False, True])
-def test_stored_features_are_those_of_the_network(val, tmp_path, mirrored):
+def test_stored_features_are_those_of_the_network(val, tmp_path):
     network = frozen_resnet()
     before = {k: v.clone() for k, v in network.state_dict().items()}
-    stored = frozen.store(network, val, 32, mirrored, tmp_path / "val.features")
-    views = stored.vectors
+    stored = frozen.store(network, val, 32, tmp_path / "val.features")
+    vectors = stored.vectors
     assert torch.equal(stored.labels, val.labels) and stored.classes == val.classes
-    assert views.dtype == torch.float32 and not views.requires_grad and len(views) == 1 + mirrored
-    for view, mirror in zip(views, (False, True), strict=False):
-        own = features_one_by_one(network, val, 32, mirror)
-        assert torch.allclose(view, own, rtol=1e-4, atol=1e-4)
+    assert vectors.dtype == torch.float32 and not vectors.requires_grad
+    own = features_one_by_one(network, val, 32)
+    assert torch.allclose(vectors, own, rtol=1e-4, atol=1e-4)
+    assert torch.equal(frozen.compute(network, val, 32).vectors, vectors)
     assert all(torch.equal(v, before[k]) for k, v in network.state_dict().items())
 
 
 def test_features_of_several_looks_are_their_mean(val, tmp_path):
     plain = frozen_resnet()
     network = models.with_looks(plain, [32, 64])
-    (stored,) = frozen.store(network, val, 64, False, tmp_path / "val.features").vectors
-    own = features_one_by_one(network, val, 64, False)
+    stored = frozen.store(network, val, 64, tmp_path / "val.features").vectors
+    own = features_one_by_one(network, val, 64)
     assert torch.allclose(stored, own, rtol=1e-4, atol=1e-4)
-    assert not torch.allclose(stored, features_one_by_one(plain, val, 32, False), atol=1e-3)
+    assert not torch.allclose(stored, features_one_by_one(plain, val, 32), atol=1e-3)
 
 
 def test_a_pass_that_was_killed_goes_on_to_the_same_bits(val, tmp_path, passes, capfd):
     network, path = frozen_resnet(), tmp_path / "val.features"
-    whole = frozen.store(network, val, 32, True, path).vectors
+    whole = frozen.store(network, val, 32, path).vectors
     contents, row = path.read_bytes(), path.stat().st_size // len(val)
     assert passes == [20] and "features: 20 of 20 photos" in capfd.readouterr().err
     for rows in (0, 0.5, 17.5, 20):  # batches are of 16 photos
         path.write_bytes(contents[: int(rows * row)])
-        assert torch.equal(frozen.store(network, val, 32, True, path).vectors, whole)
+        assert torch.equal(frozen.store(network, val, 32, path).vectors, whole)
         assert path.read_bytes() == contents
     assert passes == [20, 20, 20, 4]  # and none where all are there
 
 
-def test_other_weights_looks_photos_or_views_have_a_file_of_their_own(val):
+def test_other_weights_sizes_or_photos_have_a_file_of_their_own(val):
     network, pixels = frozen_resnet(), "folder/val.pixels"
     few = val.subset(torch.arange(5))
-    path = frozen.features_path(pixels, network, val, 32, True)
-    assert path == frozen.features_path(pixels, frozen_resnet(), val, 32, True)
+    path = frozen.features_path(pixels, network, val, 32)
+    assert path == frozen.features_path(pixels, frozen_resnet(), val, 32)
     assert path.parent.name == "folder" and path.name.startswith("val.")
-    others = [frozen.features_path(pixels, network, few, 32, True),
-              frozen.features_path(pixels, network, val, 64, True),
-              frozen.features_path(pixels, network, val, 32, False),
-              frozen.features_path(pixels, models.with_looks(network, [16, 32]), val, 32, True)]
+    others = [frozen.features_path(pixels, network, few, 32),
+              frozen.features_path(pixels, network, val, 64)]
     network.features.bn1.running_mean[3] += 1e-3
-    others.append(frozen.features_path(pixels, network, val, 32, True))
-    assert len({path, *others}) == 6
+    others.append(frozen.features_path(pixels, network, val, 32))
+    assert len({path, *others}) == 4
 
 
 def test_a_disk_full_of_features_names_the_file_and_keeps_what_fits(val, tmp_path, passes):
     network, path = frozen_resnet(), tmp_path / "val.features"
-    with full_disk(80_000), pytest.raises(OSError, match="val.features"):  # bytes: 19 photos of 20
-        frozen.store(network, val, 32, True, path)
-    vectors = frozen.store(network, val, 32, True, path).vectors
+    with full_disk(40_000), pytest.raises(OSError, match="val.features"):  # bytes: 19 photos of 20
+        frozen.store(network, val, 32, path)
+    vectors = frozen.store(network, val, 32, path).vectors
     assert passes == [20, 4]  # the first 16 were there
-    assert torch.allclose(vectors[0], features_one_by_one(network, val, 32, False), rtol=1e-4,
-                          atol=1e-4)
+    assert torch.allclose(vectors, features_one_by_one(network, val, 32), rtol=1e-4, atol=1e-4)

@@ -169,7 +169,11 @@ def test_caption_of_a_network_says_only_what_is_known():
     assert networks.describe(facts).endswith(line)
     line = ": 87.5% of held-out train right"
     assert networks.describe(facts | dict(accuracy_n=None)).endswith(line)
-    assert networks.describe(facts | dict(accuracy=None)).endswith(": accuracy not measured")
+    unknown = facts | dict(accuracy=None, accuracies={})
+    assert networks.describe(unknown).endswith(": accuracy not measured")
+    of_another_look = unknown | dict(accuracies={"224": 0.5})
+    assert networks.describe(of_another_look).endswith(
+        "at 64, 96 px: 50.0% of 3,925 held-out train photos right at 224 px")
 
 
 # ---------------------------------------------------------------- torchvision's networks, by name
