@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 import data
+import machine
 import networks
 import page
 
@@ -24,9 +25,17 @@ def default_checkpoints(paths):
     demo = [os.path.join("runs/demo", *Path(path).parts[1:]) for path in paths]
     if any(map(os.path.exists, paths)) or not all(map(os.path.exists, demo)):
         return paths
-    print(f"{', '.join(paths)} not there: asked is {', '.join(demo)}, of `make demo`",
+    print(f"{' and '.join(paths)} missing: shown is {' and '.join(demo)}, of `make demo`",
           file=sys.stderr)
     return demo
+
+
+def load_networks(options, paths):
+    """The networks `paths`, with the options of `networks.add_options`."""
+    device = torch.device(machine.choose_device(options.device))
+    if device.type == "cuda":
+        torch.backends.cudnn.allow_tf32 = False  # maps are those of a CPU
+    return networks.load_networks(paths, options.looks, device, options.weights, options.names)
 
 
 def known_classes(names, classes):

@@ -20,7 +20,6 @@ import explore
 import files
 import folders
 import fonts
-import machine
 import networks
 import page
 from asked import CHECKPOINTS, MOST_PHOTOS
@@ -32,12 +31,6 @@ DATA = "data/imagenette2-160"
 
 
 # ---------------------------------------------------------------- networks and photos
-
-
-def load(options, paths):
-    """The networks that the options name, on their device."""
-    device = machine.choose_device(options.device)
-    return networks.load_networks(paths, options.looks, device, options.weights, options.names)
 
 
 class Prediction(NamedTuple):
@@ -70,7 +63,7 @@ def load_val(folder, facts):
         folder = own if own and os.path.exists(own) else DATA
     val = folders.load(folders.prepare(folder), "val").relabelled(facts["classes"])
     trained = facts.get("settings", {}).get("data")
-    if trained and facts["accuracy_on"] == "val" and trained[1] != val.fingerprint:
+    if trained and facts.get("accuracy_on") == "val" and trained[1] != val.fingerprint:
         print(f"{folder}: these are not the val photos of the training of {facts['arch']}: its "
               "accuracy is of others", file=sys.stderr)
     return val
@@ -103,7 +96,7 @@ def one_of_each_class(folder, seed, classes, wanted=None, loaded=()):
             shown.append(int(of_class[chosen]))
             titles.append(name)
         elif wanted:
-            raise ValueError(f"{folder} has no val photo of {name}: choose others with --classes")
+            raise ValueError(f"there is no val photo of {name}: choose others with --classes")
         else:
             print(f"{name} is not shown, for there is no val photo of it", file=sys.stderr)
     say_trained_on(val.subset(torch.tensor(shown)), loaded)
@@ -220,7 +213,7 @@ def figure(options):
                          "leave one out")
     if not options.images and (options.titles or options.truth):
         raise ValueError("--titles and --truth are for photos of your own: name them with --images")
-    loaded = load(options, options.models or asked.default_checkpoints(CHECKPOINTS))
+    loaded = asked.load_networks(options, options.models or asked.default_checkpoints(CHECKPOINTS))
     classes = list(loaded[0][1]["classes"])
     if options.images:
         chosen = asked.own_photos(options.images, options.titles, options.truth, classes)
@@ -251,7 +244,7 @@ def explain(options):
     models = options.models or asked.default_checkpoints(CHECKPOINTS[-1:])
     words = [*(options.contrast or ()), *options.classes]
     outs = asked.explanation_names(paths, [*models, *(options.weights or ())], words, options.out)
-    loaded = load(options, models)
+    loaded = asked.load_networks(options, models)
     classes = list(loaded[0][1]["classes"])
     wanted = [networks.class_index(name, classes) for name in options.classes]
     contrast = options.contrast and [networks.class_index(name, classes)
@@ -275,7 +268,7 @@ def gallery(options):
     """The most confident mistakes on val, with the maps of what is predicted and what is there."""
     page.check_picture_name(options.out)
     models = [options.model] if options.model else asked.default_checkpoints(CHECKPOINTS[-1:])
-    ((network, facts),) = loaded = load(options, models)
+    ((network, facts),) = loaded = asked.load_networks(options, models)
     val, weight = load_val(options.data, facts), network.head.weight
     say_trained_on(val, loaded)
     batches = data.eval_batches(val, facts["size"], 32)

@@ -21,7 +21,6 @@ import torch
 import asked
 import data
 import files
-import machine
 import networks
 import page
 
@@ -33,9 +32,7 @@ def predict(options):
         page.check_picture_name(options.maps, (".npz",))
     paths = asked.photo_files(options.photos)
     models = [options.model] if options.model else asked.default_checkpoints(asked.CHECKPOINTS[-1:])
-    ((network, facts),) = networks.load_networks(
-        models, options.looks, machine.choose_device(options.device), options.weights,
-        options.names)
+    ((network, facts),) = asked.load_networks(options, models)
     with contextlib.ExitStack() as stack:  # both files, or none
         written = [path for path in (options.out, options.maps) if path]
         for path in written:

@@ -40,7 +40,7 @@ def test_latin_letters_are_spelt_in_ascii(text, shown):
     assert fonts.choose([text]) is None and fonts.legible([text], None) == [text]
 
 
-def test_a_font_of_the_system_is_taken_where_pillows_lacks_a_letter(system, sans, monkeypatch):
+def test_a_font_of_the_system_is_taken_where_pillows_lacks_a_letter(sans, system, monkeypatch):
     assert fonts.choose([GREEK]) is None
     (system / "broken.ttf").write_bytes(b"no font")
     shutil.copy(sans, system / "a b.ttf")
@@ -61,7 +61,7 @@ def test_names_without_a_font_are_numbers_and_it_is_said(system, capsys):
     assert "letters of 2 classes: class 1 is 犬, class 2 is 犬?; --font" in capsys.readouterr().err
 
 
-def test_a_font_of_ones_own_is_taken_and_no_font_is_refused(system, sans):
+def test_a_font_of_ones_own_is_taken_and_no_font_is_refused(sans, system):
     assert fonts.choose(["abc"], sans) == sans
     (system / "text.ttf").write_text("no font")
     for bad in ("text.ttf", "missing.ttf"):
