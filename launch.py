@@ -5,7 +5,7 @@ import contextlib
 import copy
 import os
 import sys
-from dataclasses import fields, replace
+from dataclasses import fields
 from pathlib import Path
 
 import torch
@@ -214,8 +214,7 @@ def train_run(recipe, options):
             print(f"{folder}: {remark}", file=sys.stderr)
     run = Run(options.runs / options.name, recipe, photos, val)
     goes_on = (run.folder / "last.pt").exists() and not options.dry_run  # all weights are in there
-    begun = replace(recipe, weights=None) if goes_on else recipe
-    network = train.start(begun, photos, precision)
+    network = train.start(recipe, photos, precision, goes_on)
     check_sizes(network, recipe, len(photos))
     if rank == 0:
         run.folder.mkdir(parents=True, exist_ok=True)

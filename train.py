@@ -312,13 +312,18 @@ def val_scores(totals):
 # ---------------------------------------------------------------- a training
 
 
-def start(recipe, photos, precision):
-    """A new network, where `photos` are: what is frozen frozen, the CNN's first layer whitened."""
+def start(recipe, photos, precision, goes_on=False):
+    """A new network, where `photos` are; goes_on: weights of a state are to be loaded into it.
+
+    All but a head is frozen, where a head is trained; the first layer of random weights is
+    whitened.
+    """
     torch.manual_seed(recipe.seed)
-    network = models.build(recipe.arch, len(photos.classes), recipe.weights, recipe.width)
+    weights = None if goes_on else recipe.weights
+    network = models.build(recipe.arch, len(photos.classes), weights, recipe.width)
     if recipe.training == "head":
         network.features.requires_grad_(False)
-    elif recipe.training == "scratch":
+    elif recipe.weights is None:
         count = max(1, min(256, 2**22 // recipe.crop**2))  # no more pixels for larger crops
         seeded = torch.Generator().manual_seed(recipe.seed)
         crops = data.train_batches(photos, recipe.crop, count, seeded, plain=recipe.plain_crop)

@@ -466,3 +466,14 @@ def test_four_files_alone_train_a_network_as_the_docstring_says(demo, tmp_path):
     command = subprocess.run([sys.executable, "-B", "train.py", "cnn"], **options)
     assert command.returncode == 2 and "Traceback" not in command.stderr
     assert command.stderr.startswith("train.py: launch.py is missing")
+
+
+@pytest.mark.parametrize(("goes_on", "weights"), [(False, None), (True, None), (True, "imagenet")])
+def test_the_first_layer_of_random_weights_is_whitened(photos, goes_on, weights):
+    """Of torchvision's networks too; a training of pretrained weights that goes on begins with
+    random ones, and trains all of them."""
+    recipe = train.make_recipe("resnet18", unfreeze=True, weights=weights, crop=32, size=32)
+    network = train.start(recipe, photos, FLOAT32, goes_on)
+    filters = network.features.conv1.weight
+    assert filters.requires_grad == (weights is not None)
+    assert torch.equal(filters[:32], -filters[32:]) == (weights is None)
