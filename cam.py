@@ -9,7 +9,7 @@ plus its bias *is* its logit: a cell, divided by the number of cells, is what th
 class's score (orange) or takes from it (blue). `cam.explain(network, images)` finds these parts in
 any network, and checks that. This file imports nothing of the project: copy it.
 
-    python cam.py figure | explain | gallery | predict               # pages of maps: see figures.py
+    python cam.py {figure,explain,gallery,predict}                   # pages of maps: see figures.py
 """
 
 import os
@@ -78,14 +78,14 @@ def explain(network, images):
     own; its mode and weights stay as they are. Raises ValueError: it is of another shape.
     """
     network = getattr(network, "_orig_mod", network)  # of torch.compile, which leaves hooks out
-    *_, head = [None, *(module for module in network.modules() if isinstance(module, nn.Linear))]
-    features = None
+    linears = [module for module in network.modules() if isinstance(module, nn.Linear)]
+    head, features = linears[-1] if linears else None, None
 
     def keep(module, inputs, output):
         nonlocal features
         if torch.is_tensor(output) and output.dim() == 4 and output.shape[1] == head.in_features:
-            cells = output[0, 0].numel()  # one is what the pooling returns, of a map of several
-            if features is None or cells > 1 or features[0, 0].numel() == 1:
+            # The last output of as many channels; a pooled one (1 x 1) replaces no larger one.
+            if features is None or output[0, 0].numel() > 1 or features[0, 0].numel() == 1:
                 features = output
 
     training = [module for module in network.modules() if module.training]
@@ -111,7 +111,7 @@ def explain(network, images):
 
 HUES = {"adds": 50.0, "takes": 255.0}  # OKLab, degrees; the colour-blind tell them apart as well
 CHROMA = 0.17  # at the end of the scale
-SCALE_QUANTILE = 0.98  # of |values|, the end of a scale: by the largest, one cell greys all others
+SCALE_QUANTILE = 0.98  # of |values|, the end of a scale: of the largest, one cell would grey all
 
 
 def oklab_to_srgb(lab):

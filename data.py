@@ -260,7 +260,7 @@ def plain_boxes(photos, index, size, generator=None):
 
 
 def random_colours(count, generator=None):
-    """(count, 3) for `recolour`: saturation, contrast and brightness, each up to COLOURS more."""
+    """(count, 3) for `recolour`: saturation, contrast, brightness, up to COLOURS more or less."""
     return COLOURS * (2 * torch.rand(count, 3, generator=generator) - 1)
 
 
@@ -308,6 +308,7 @@ def train_batches(photos, size, batch_size, generator=None, area=CROP_AREA, plai
     def one_pass():
         own = slice(part[0], None, part[1])
         for index in shuffled(len(photos), batch_size, generator):
+            # Drawn for the whole batch, for several processes must draw alike.
             boxes = (plain_boxes(photos, index, size, generator) if plain
                      else random_boxes(photos, index, generator, area))
             flip = torch.rand(len(index), generator=generator) < 0.5
@@ -478,7 +479,9 @@ def class_folders(folder):
     classes, others, start = {}, [], len(os.path.join(folder, ""))
     for label in sorted(subfolders(folder)):
         classes[label] = {}
-        for place, _, files in sorted(os.walk(os.path.join(folder, label))):
+        for place, inside, files in sorted(os.walk(os.path.join(folder, label))):
+            linked = (os.path.join(place, name) for name in inside)  # not followed: they may loop
+            others += [path for path in linked if os.path.islink(path)]
             for path in (os.path.join(place, file) for file in sorted(files)):
                 name = path[start:].replace(os.sep, "/")
                 hidden = any(part.startswith(HIDDEN) for part in name.split("/"))

@@ -45,7 +45,8 @@ def atomic(path):
             os.fsync(file.fileno())
         os.replace(part, path)
     except OSError as error:  # a full disk names no file of its own accord
-        raise OSError(error.errno, error.strerror, str(path)) from error
+        named = error.filename if error.filename != str(part) else None
+        raise OSError(error.errno, error.strerror, named or str(path)) from error
     finally:
         part.unlink(missing_ok=True)
 

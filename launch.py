@@ -212,7 +212,7 @@ def train_run(recipe, options):
     if rank == 0 and not options.dry_run:
         for remark in remarks_on_few(recipe, len(photos), len(val)):
             print(f"{folder}: {remark}", file=sys.stderr)
-    run = Run(options.runs / options.name, recipe, photos, val)
+    run = Run(options.runs / options.name, recipe, photos, val, folder)
     goes_on = (run.folder / "last.pt").exists() and not options.dry_run  # all weights are in there
     network = train.start(recipe, photos, precision, goes_on)
     check_sizes(network, recipe, len(photos))

@@ -66,7 +66,7 @@ def resampled(statistic, *values):
     (seeds, n), of_seeds = values[0].shape, statistic(*values)
     draws = torch.randint(n, (500, n), generator=torch.Generator().manual_seed(0))
     means = torch.stack([statistic(*(v[:, draw] for v in values)).mean() for draw in draws])
-    low, high = means.quantile(torch.tensor([0.025, 0.975])).tolist()
+    low, high = means.nanquantile(torch.tensor([0.025, 0.975])).tolist()
     spread = T[seeds] * float(of_seeds.std()) / seeds**0.5 if seeds > 1 else 0.0
     mean = float(of_seeds.mean())
     return Number(mean, mean - hypot(mean - low, spread), mean + hypot(high - mean, spread), n)

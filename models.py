@@ -107,7 +107,7 @@ def cnn(classes=10, width=192):
     Averages of 2 x 2 halve the image without aliasing (Zhang 2019): after 5 epochs 3 points more
     are right than with convolutions of stride 2. Like the 4 x 4 filters of the first layer they
     keep a cell of the map where upsampling draws it; 3 x 3 filters of stride 2 would put it 3.5
-    pixels off.
+    pixels off. (A first convolution without bias is set and frozen by `whiten`, from train.start.)
     """
     features = nn.Sequential(
         ConvNorm(3, 32, size=4, stride=2),  # 1/2
@@ -177,7 +177,12 @@ def build(arch, classes=10, weights=None, width=192):
     if classes is None and None in trained.values():
         raise ValueError(f"{weights or arch} holds no trained last layer: name weights that do, "
                          "or a checkpoint of train.py")
-    network.head = nn.Linear(network.head.in_features, classes or len(trained["bias"]))
+    inputs = network.head.in_features
+    if classes is None and not (trained["bias"].dim() == 1 and len(trained["bias"])
+                                and trained["weight"].shape == (len(trained["bias"]), inputs)):
+        raise ValueError(f"{weights} holds a last layer that is not {arch}'s: name the network "
+                         "they are of")
+    network.head = nn.Linear(inputs, classes or len(trained["bias"]))
     if classes is None:
         network.head.load_state_dict(trained)
     else:
@@ -234,13 +239,18 @@ def read_weights(weights, arch):
                              f"{entry.url} elsewhere and name the file with --weights (WEIGHTS=)"
                              ) from error
     state = read(weights)
-    while isinstance(state, dict) and (inner := {"state_dict", "model"} & state.keys()):
+    if isinstance(state, dict) and state.get("format") == FORMAT:
+        raise ValueError(f"{weights} is a checkpoint of this project, no file of weights: name it "
+                         "with --model")
+    wrappers = {"state_dict", "model", "model_state_dict"}
+    while isinstance(state, dict) and (inner := wrappers & state.keys()):
         state = state[min(inner)]
     if not (isinstance(state, dict) and state and all(
-            isinstance(k, str) and isinstance(v, torch.Tensor) for k, v in state.items())):
+            isinstance(k, str) and isinstance(v, torch.Tensor) and v.layout == torch.strided
+            for k, v in state.items())):
         raise ValueError(f"{weights} holds no state dict: it must be a file of torchvision's "
                          f"weights for {arch}")
-    return {re.sub(r"^(module\.|_orig_mod\.)+", "", k): v for k, v in state.items()}
+    return {re.sub(r"^(module\.|_orig_mod\.|model\.)+", "", k): v for k, v in state.items()}
 
 
 def load_features(network, state, source, arch):
@@ -312,7 +322,8 @@ def looks_key(looks):
 
 def save(file, network, **facts):
     """Write a `checkpoint` of `network` into `file`, a path or an open file."""
-    torch.save(checkpoint(with_looks(network, [0]).state_dict(), **facts), file)
+    one_look = with_looks(network, [0])  # without `Looks`
+    torch.save(checkpoint(one_look.state_dict(), **facts), file)
 
 
 def checkpoint(state, **facts):
@@ -346,5 +357,6 @@ def load(path, device="cpu", looks=None):
         network = with_looks(network, facts["looks"])
     except (AttributeError, LookupError, TypeError, ValueError, RuntimeError) as error:
         raise ValueError(f"{path} says it is a {facts.get('arch')}, but its contents are not that "
-                         "network's: train it again, or name another file") from error
+                         "network's (has models.cnn changed since?): train it again, or name "
+                         "another file") from error
     return network.to(device).eval(), facts

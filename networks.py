@@ -111,8 +111,9 @@ def class_names(count, names, entry, source):
     if names:
         try:
             text = names.read_text(encoding="utf-8-sig")
-        except ValueError as error:
-            raise ValueError(f"{names} is no text in UTF-8: write a name a line") from error
+        except (ValueError, OSError) as error:
+            raise ValueError(f"{names} is no text in UTF-8 that can be read: name a file with a "
+                             "name a line (--names)") from error
         found = [unicodedata.normalize("NFC", line.strip()) for line in text.splitlines()
                  if line.strip()]
         if len(found) != count:

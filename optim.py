@@ -38,7 +38,8 @@ def orthogonalise(matrices, dtype=torch.float32):
 
 
 class Muon(torch.optim.Optimizer):
-    """SGD with Nesterov momentum, the step of every bank of filters made orthogonal.
+    """SGD with Nesterov momentum, the step of every bank of filters (a convolution's weights) made
+    orthogonal.
 
     A gradient is dominated by few directions; orthogonal, a step moves all of them alike (Jordan et
     al. 2024). What is no bank over many channels (vectors, linear layers, filters of a photo's 3

@@ -38,7 +38,7 @@ DECIDES = ("train.py", "optim.py", "frozen.py", "models.py", "data.py")  # what 
 class Run:
     """The folder of a training. `save` after each epoch, `finish` after the last."""
 
-    def __init__(self, folder, recipe, photos, val):
+    def __init__(self, folder, recipe, photos, val, source=None):
         self.folder, self.recipe = folder, recipe
         self.settings = dict(asdict(recipe), looks=list(recipe.looks),
                              photos=[len(photos), len(val)],
@@ -50,7 +50,7 @@ class Run:
                           how=how[recipe.training],
                           accuracy_on="held-out train" if recipe.holdout else "val",
                           accuracy_n=len(val), settings=self.settings, code=code_digest(),
-                          trained_on=list(photos.digests))
+                          trained_on=list(photos.digests), data=source and str(source))
         self.rows = []  # of the log
         self.best = None  # state dict of the best epoch's network
         self.accuracies = {}  # of that, by its looks
@@ -72,7 +72,10 @@ class Run:
         except ValueError as error:
             raise ValueError(f"{error}; a copy may be put in its place, or remove {self.folder} to "
                              "train again") from error
-        if not (isinstance(saved, dict) and saved.keys() >= {"facts", "rows", "best", "state"}):
+        parts = {"facts", "rows", "best", "accuracies", "state"}
+        known = {"settings", "code", "classes"}
+        if not (isinstance(saved, dict) and saved.keys() >= parts
+                and isinstance(saved["facts"], dict) and saved["facts"].keys() >= known):
             raise ValueError(f"{last} is no last.pt that this train.py wrote: remove "
                              f"{self.folder}, or give this run a --name of its own")
         self.check_same(saved["facts"])
@@ -188,8 +191,8 @@ class Run:
         best, last = self.best_row(), self.rows[-1]
         passed = next((row["epoch"] for row in self.rows if row["val_accuracy"] >= PASSED), None)
         try:
-            config = json.loads((self.folder / "config.json").read_text())
-        except (OSError, ValueError) as error:
+            config = dict(json.loads((self.folder / "config.json").read_text()))
+        except (OSError, ValueError, TypeError) as error:
             raise ValueError(f"{self.folder / 'config.json'} is gone or damaged: put it back, or "
                              f"remove {self.folder} to train again") from error
         result = dict(

@@ -260,6 +260,9 @@ def score_all(arguments):
     torch.backends.cudnn.allow_tf32 = False  # float32 throughout
     device = machine.choose_device(options.device)
     out = tables.check_out(options.out)
+    if by_name := [path for path in options.models if networks.is_name(path)]:
+        raise ValueError(f"{by_name[0]} is a network of torchvision's: score.py takes checkpoints "
+                         "of train.py (runs/*/best.pt)")
     loaded = networks.load_networks(options.models, networks.parse_looks(options.looks))
     named = name_networks(options.models, loaded)
     folder = folders.prepare(options.data)

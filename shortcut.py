@@ -139,7 +139,10 @@ def run(options):
     """Train, ask, print, write."""
     out, device = tables.check_out(options.out), machine.choose_device()
     if options.data == DRAWN:
-        subprocess.run([sys.executable, Path(__file__).parent / "tests/demo.py", DRAWN], check=True)
+        draw_demo = [sys.executable, Path(__file__).parent / "tests/demo.py", DRAWN]
+        if subprocess.run(draw_demo).returncode:
+            raise ValueError(f"{DRAWN} could not be drawn, as said above: mend that, or name "
+                             "photos with --data")
     folder = folders.prepare(options.data)
     photos, val = (folders.load(folder, split).to(device) for split in ("train", "val"))
     val = val.subset(torch.randperm(len(val), generator=torch.Generator().manual_seed(0))[:ASKED])

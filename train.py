@@ -7,6 +7,9 @@
 This is the training itself: it touches no disk and prints nothing. `train` yields after each epoch,
 and launch.py listens. Copy train.py, optim.py, data.py and models.py, and this trains a network:
 
+    import data
+    from train import choose_precision, make_recipe, start, train
+
     photos, val = data.load("imagenette2-160", "train"), data.load("imagenette2-160", "val")
     recipe = make_recipe("cnn", epochs=5)
     precision = choose_precision(photos.device)
@@ -48,7 +51,7 @@ class Recipe:
     size: int  # px, side of the photos in evaluation, and for the features under a head
     looks: tuple  # px, sides of the photos when maps are made
     batch_size: int
-    lr: float  # at its peak, of convolutions; Muon takes 5 times it for all else
+    lr: float  # at its peak, of convolutions; all else gets 5 times it (`Muon`)
     weight_decay: float
     smoothing: float  # of labels
     width: int = 0  # of the cnn: channels at 1/8 of the photo's side
@@ -194,7 +197,11 @@ def take_statistics(*modules):
 
 
 def make_optimizer(recipe, module, products=torch.float32):
-    """What takes the steps. The loop sets each group's "lr", so any optimiser of torch will do."""
+    """What takes the steps. The loop sets each group's "lr", so any optimiser of torch will do.
+
+    The recipe's lr and weight_decay are Muon's (decay as AdamW's, of filters alone): SGD wants its
+    own, such as --lr 0.1 --weight-decay 5e-4.
+    """
     return Muon(module, recipe.lr, recipe.weight_decay, dtype=products)
 
 
@@ -274,7 +281,7 @@ class Recorded:
         return [result.clone() for result in results]
 
     def record(self, x, labels):
-        """Record the step for the shape of x; nothing is computed."""
+        """Record the step for the shape of x: calls are noted, and nothing is computed."""
         inputs, graph = [x.clone(), labels.clone()], torch.cuda.CUDAGraph()
         try:
             with torch.cuda.graph(graph):

@@ -335,7 +335,8 @@ def passing_row(groups):
         found = "not passed" if groups else NOT_MEASURED
         return [name, to_beat, found, "", ", ".join(map(str, groups))]
     epochs, seconds, number = min(passed)
-    return [name, to_beat, f"{epochs:g} epochs", duration(seconds), str(number)]
+    plural = "" if epochs == 1 else "s"
+    return [name, to_beat, f"{epochs:g} epoch{plural}", duration(seconds), str(number)]
 
 
 def accuracy(trainings):

@@ -602,3 +602,12 @@ def test_batches_gathered_are_batches_sliced(monkeypatch):
     monkeypatch.setattr(data, "sliced", data.gathered)
     batches += [next(iter(data.train_batches(photos, 24, 3, torch.Generator().manual_seed(1))))[0]]
     assert torch.equal(*batches)
+
+
+def test_linked_folders_inside_a_class_are_counted_as_left_out(tmp_path):
+    """They may loop, so they are not followed; but it is said."""
+    (tmp_path / "a").mkdir()
+    (tmp_path / "elsewhere").mkdir()
+    os.symlink(tmp_path / "elsewhere", tmp_path / "a" / "more")
+    classes, others = data.class_folders(tmp_path)
+    assert not classes["a"] and [os.path.basename(path) for path in others] == ["more"]

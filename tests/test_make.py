@@ -1,6 +1,7 @@
 """The Makefile says the right words: make runs with a stand-in for Python that writes down what it
 is asked to do."""
 
+import re
 import shutil
 import subprocess
 import tomllib
@@ -251,3 +252,9 @@ def test_the_demo_ends_with_its_picture(make):
     picture, last = make("demo")[-2:]
     assert picture.startswith("<cam.py><figure>") and picture.endswith("<--out><figures/demo.png>")
     assert last == "<tests/reading.py><figures/demo-scores.csv><figures/demo.png>"
+
+
+def test_what_the_readme_links_is_there():
+    text = (REPO / "README.md").read_text(encoding="utf-8")
+    for name in re.findall(r"\]\(([\w./-]+?)(?:#[\w-]+)?\)", text):
+        assert (REPO / name).is_file(), name

@@ -671,3 +671,25 @@ def test_norms_are_folded_under_looks_too():
     assert not any(isinstance(m, torch.nn.BatchNorm2d) for m in folded.modules())
     with torch.no_grad():
         assert torch.allclose(folded.features(x), network.features(x), atol=1e-3)
+
+
+@pytest.mark.parametrize(("weight", "bias"), [
+    (torch.zeros(10, 256), torch.zeros(10)), (torch.zeros(10, 512), torch.zeros(9)),
+    (torch.zeros(10, 512), torch.tensor(0.0)), (torch.zeros(0, 512), torch.zeros(0))])
+def test_a_last_layer_of_another_shape_is_refused(tmp_path, weight, bias):
+    state = torchvision_models.resnet18().state_dict() | {"fc.weight": weight, "fc.bias": bias}
+    torch.save(state, tmp_path / "odd.pth")
+    with pytest.raises(ValueError, match="odd.pth holds a last layer that is not resnet18's"):
+        models.build("resnet18", None, tmp_path / "odd.pth")
+
+
+def test_weights_in_other_wrappers_are_taken_and_checkpoints_named(tmp_path):
+    own = torchvision_models.resnet18().state_dict()
+    lightning = {"state_dict": {f"model.{name}": tensor for name, tensor in own.items()}}
+    for wrapped in ({"model_state_dict": own, "epoch": 3}, lightning):
+        torch.save(wrapped, tmp_path / "file.pth")
+        network = models.build("resnet18", weights=tmp_path / "file.pth")
+        assert torch.equal(network.features.conv1.weight, own["conv1.weight"])
+    models.save(tmp_path / "best.pt", models.cnn())
+    with pytest.raises(ValueError, match="best.pt is a checkpoint of this project.*--model"):
+        models.build("resnet18", weights=tmp_path / "best.pt")
