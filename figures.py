@@ -227,6 +227,8 @@ def figure(options):
     if len(photos) > options.columns:
         print(f"{len(photos)} photos go into blocks of {options.columns}", file=sys.stderr)
     legend = f"Above: {'what is there' if titles == truth else 'the photo'}; below: the prediction"
+    if page.lie_beside(photos, rows, options.columns):
+        legend = "Beside the photo: the map of each network's prediction"
     legend += ", in red where it is wrong." if any(False in row.right for row in rows) else "."
     titles = [names[classes.index(title)] if title in classes else title for title in titles]
     picture = page.compose(photos, titles, rows, options.columns, options.scale, legend,

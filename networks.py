@@ -62,12 +62,17 @@ def load_networks(paths, looks=None, device="cpu", weights=None, names=None):
                          "or one for each")
     looks = list(looks) * len(paths) if len(looks) == 1 else looks
     by_name = [path for path in paths if is_name(path)]
+    for path in map(Path, paths):
+        if path.name == str(path) and not (is_name(path) or path.exists() or path.suffix):
+            near = difflib.get_close_matches(path.name, torchvision.models.list_models())
+            raise ValueError(f"there is no file and no network of torchvision's called {path}: "
+                             f"there are {', '.join(near or ['resnet18', 'mobilenet_v2'])}, ...")
     if weights and len(weights) != len(by_name) or names and not by_name:
         raise ValueError(f"--weights and --names are for networks of torchvision's, and "
                          f"{len(by_name)} are named: say --model resnet18, with one --weights for "
                          "each")
     weights = iter(weights or [None] * len(by_name))
-    loaded = [load_from_torchvision(path, next(weights), names, sizes, device) if is_name(path)
+    loaded = [load_from_torchvision(str(path), next(weights), names, sizes, device) if is_name(path)
               else models.load(path, device, looks=sizes)
               for path, sizes in zip(paths, looks, strict=True)]
     for path, (network, facts) in zip(paths, loaded, strict=True):

@@ -307,6 +307,11 @@ def map_tiles(photos, row, scale):
     return tiles
 
 
+def lie_beside(photos, rows, columns):
+    """Whether `compose` lays maps beside a photo, not below it."""
+    return len(photos) == 1 < len(rows) <= min(BESIDE, columns - 1)
+
+
 def compose(photos, titles, rows, columns=10, scale="row", legend="", dpi=300, font=None):
     """The figure: N photos under N titles, then each `Row`'s maps over them; a PIL image.
 
@@ -321,7 +326,7 @@ def compose(photos, titles, rows, columns=10, scale="row", legend="", dpi=300, f
         raise ValueError(f"{len(photos)} photos need as many titles, and in each row as many maps "
                          f"and captions, not {', '.join(map(str, counts))}")
     photos = [as_photo(photo) for photo in photos]
-    beside = len(photos) == 1 < len(rows) <= min(BESIDE, columns - 1)
+    beside = lie_beside(photos, rows, columns)
     titled = [Tile(photo, title) for photo, title in zip(photos, titles, strict=True)]
     strips = [Strip(titled, text_above=True)]
     strips += [Strip(map_tiles(photos, row, scale), row.label, beside) for row in rows]
