@@ -7,7 +7,7 @@
 The network is features -> global average pooling -> one linear layer. So the mean of a class's map
 plus its bias *is* its logit: a cell, divided by the number of cells, is what that place adds to the
 class's score (orange) or takes from it (blue). `cam.explain(network, images)` finds these parts in
-any network, and checks that. This file imports nothing of the project: copy it.
+any network of that shape, and refuses others. This file imports nothing of the project: copy it.
 
     python cam.py {figure,explain,gallery,predict}                   # pages of maps: see figures.py
 """
