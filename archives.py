@@ -213,17 +213,6 @@ def identity(archive):
     return json.dumps({"bytes": size, "blocks": digest.hexdigest()})
 
 
-def make_writable(folder, advice):
-    """Make a folder that can be written to; ValueError with `advice` where that is impossible."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        reason = "" if os.access(folder, os.W_OK) else "read-only"
-    except OSError as error:
-        reason = error.strerror
-    if reason:
-        raise ValueError(f"{folder} cannot be written to ({reason}): {advice}")
-
-
 def unpacked(archive, root, inner_folder, check):
     """The folder under `root` with the photos of an archive, unpacked if nobody has yet.
     inner_folder: which folder in one is the data; check: ValueError where one is none."""

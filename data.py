@@ -24,11 +24,13 @@ import hashlib
 import io
 import json
 import math
+import pickle
 import unicodedata
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -397,22 +399,73 @@ def to_rgb(image):
     return image.convert("RGB")
 
 
-def decode_all(paths, side):
-    """Yields, in order, a future of (pixels, digest) for each photo. A thread per core decodes, as
-    Pillow lets go of the interpreter; no more than a few photos wait in memory."""
-
-    def read(path):
+def read_photo(path, side):
+    """The pixels of a photo (H, W, 3), and a digest of its file; or (the error, "")."""
+    try:
         raw = Path(path).read_bytes()
-        digest = hashlib.blake2b(raw, digest_size=8).hexdigest()
-        return decode(io.BytesIO(raw), path, side), digest
+        return (decode(io.BytesIO(raw), path, side),
+                hashlib.blake2b(raw, digest_size=8).hexdigest())
+    except (ValueError, OSError) as error:
+        return error, ""
 
+
+def decode_all(paths, side):
+    """Yields, in order, `read_photo` of each path, computed on all cores; few wait in memory.
+
+    Small photos keep Python as busy as the decoder, and Python runs one thread at a time: so by
+    processes, where they are forked (Linux), which starts nothing anew; elsewhere by threads.
+    """
+    paths, read = list(paths), partial(read_photo, side=side)
+    if sys.platform == "linux" and len(os.sched_getaffinity(0)) > 1 and len(paths) > 100:
+        yield from forked(read, paths, min(16, len(os.sched_getaffinity(0))))
+        return
     with ThreadPoolExecutor(os.cpu_count()) as threads:
         waiting = deque()
         for path in paths:
             waiting.append(threads.submit(read, path))
             if len(waiting) > 4 * os.cpu_count():
-                yield waiting.popleft()
-        yield from waiting
+                yield waiting.popleft().result()
+        yield from (future.result() for future in waiting)
+
+
+def forked(function, items, count):
+    """Yields function(item) of each of a list, in order, from `count` forked processes: of every
+    count-th item each. One whose reader is gone, however it ended, ends at its next result."""
+    children, pipes = [], []
+    try:
+        for k in range(count):
+            end, start = os.pipe()
+            children.append(os.fork())
+            if not children[-1]:
+                work(function, items[k::count], start, [end, *(pipe.fileno() for pipe in pipes)])
+            os.close(start)
+            pipes.append(open(end, "rb"))
+        for i, item in enumerate(items):
+            try:
+                yield pickle.load(pipes[i % count])
+            except (EOFError, pickle.UnpicklingError) as error:
+                raise ValueError(f"{item}: the process that decodes it was ended from outside, "
+                                 "perhaps for want of memory: run the command again") from error
+    finally:
+        for pipe in pipes:
+            pipe.close()
+        for child in children:
+            os.waitpid(child, 0)
+
+
+def work(function, items, start, foreign):
+    """A child's life: function(item) of each item into the pipe `start`, and nothing after it."""
+    try:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C: the parent says what is to be said
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        for end in foreign:  # of the parent, which alone may keep a sibling's pipe open
+            os.close(end)
+        with open(start, "wb") as pipe:
+            for item in items:
+                pickle.dump(function(item), pipe, protocol=5)
+                pipe.flush()  # what is done is sent, whatever comes next
+    finally:
+        os._exit(0)
 
 
 EMPTY_INDEX = {"key": "", "side": SHORT_SIDE, "skip_bad": False, "pixels": 0, "sizes": [],
@@ -425,12 +478,10 @@ def pack(file, paths, names, labels, side=SHORT_SIDE, skip_bad=False, key="", wa
     that cannot be decoded; skip_bad: it is left out, and its path goes to index["bad"]."""
     index = copy.deepcopy(EMPTY_INDEX) | {"key": key, "side": side, "skip_bad": skip_bad}
     photos = zip(paths, names, labels, decode_all(paths, side), strict=True)
-    for path, name, label, decoded in watch(photos):
-        try:
-            image, digest = decoded.result()
-        except (ValueError, OSError) as error:
+    for path, name, label, (image, digest) in watch(photos):
+        if isinstance(image, Exception):
             if not skip_bad:
-                raise ValueError(str(error)) from error
+                raise ValueError(str(image)) from image
             index["bad"].append(str(path))
             continue
         file.write(image.data)

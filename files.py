@@ -58,6 +58,17 @@ def write(path, contents):
             file.write(contents)
 
 
+def make_writable(folder, advice):
+    """Make a folder that can be written to; ValueError with `advice` where that is impossible."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        reason = "" if os.access(folder, os.W_OK) else "read-only"
+    except OSError as error:
+        reason = error.strerror
+    if reason:
+        raise ValueError(f"{folder} cannot be written to ({reason}): {advice}")
+
+
 @contextlib.contextmanager
 def lock(path, wait=True):
     """Hold `path`.lock: one process works, and others wait or, with wait=False, get a ValueError.

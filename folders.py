@@ -182,12 +182,12 @@ def prepare(source=None, root="data"):
     folder = root / "imagenette2-160" if source is None else files.path(source)
     if source is None and not folder.exists():
         folder = root / Path(URL).name
-        archives.make_writable(root, "name another folder with --root")
+        files.make_writable(root, "name another folder with --root")
         with files.lock(folder):
             if not folder.exists():
                 archives.download(URL, folder, ARCHIVE_BYTES, ARCHIVE_MD5)
     if folder.is_file():
-        archives.make_writable(root, "name another folder to unpack in with --root")
+        files.make_writable(root, "name another folder to unpack in with --root")
         folder = archives.unpacked(folder, root, inner_folder, check)
     if not folder.exists():
         raise ValueError(f"{folder} does not exist: `python data.py` downloads ImageNette, or name "
@@ -214,7 +214,7 @@ def pixels_path(folder, split):
     if os.access(folder, os.W_OK):
         return folder / f"{split}.pixels"
     folder, cache = folder.resolve(), Path("data")
-    archives.make_writable(cache, f"the pixels of {folder}, which is read-only, go there: run this "
+    files.make_writable(cache, f"the pixels of {folder}, which is read-only, go there: run this "
                                   "command in a folder that can be written to")
     digest = hashlib.sha256(os.fsencode(folder)).hexdigest()[:12]
     return cache / f"{folder.name}-{digest}-{split}.pixels"

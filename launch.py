@@ -217,7 +217,7 @@ def train_run(recipe, options):
     network = train.start(recipe, photos, precision, goes_on)
     check_sizes(network, recipe, len(photos))
     if rank == 0:
-        run.folder.mkdir(parents=True, exist_ok=True)
+        files.make_writable(run.folder, "name another folder with --runs and --name")
     with contextlib.nullcontext() if rank else files.lock(run.folder / "run", wait=False):
         state = None if options.dry_run else run.resume()
         train_epochs(run, network, folder, photos, val, precision, state)
@@ -263,8 +263,8 @@ def train_epochs(run, network, folder, photos, val, precision, state):
     done = len(run.rows)
     if alone:
         run.clear()
-        print(f"{run.folder}: {recipe.arch}, {count_parameters(network) / 1e6:.1f} million "
-              f"parameters, {photos.device.type}, {type_name(precision)}, {len(photos):,} photos "
+        print(f"{run.folder}: {recipe.arch}, {count_parameters(network):,} parameters, "
+              f"{photos.device.type}, {type_name(precision)}, {len(photos):,} photos "
               f"to train on, {len(val):,} to validate on"
               + (f"; {done} of {recipe.epochs} epochs are done" if done else ""), flush=True)
     if done < recipe.epochs:

@@ -338,7 +338,7 @@ def start(recipe, photos, precision, goes_on=False):
     return network.to(photos.device, memory_format=precision.memory_format)
 
 
-def train_batches(recipe, photos, epoch, products):
+def epoch_batches(recipe, photos, epoch, products):
     """An epoch's batches (x, labels); each process gets its part of every batch.
 
     x: random crops; for a head each photo's stored features.
@@ -356,7 +356,7 @@ def train_batches(recipe, photos, epoch, products):
 
 
 def val_batches(recipe, val, epoch):
-    """All of val, as `train_batches`: whole photos, or their features."""
+    """All of val, as `epoch_batches`: whole photos, or their features."""
     if recipe.training == "head":
         return [(val.vectors, val.labels)]
     rank, world = processes()
@@ -406,7 +406,7 @@ def train(recipe, network, photos, val, precision, state=None):
         torch.manual_seed(epoch_seed(recipe, epoch))  # of dropout
         rates = [recipe.lr * one_cycle(epoch * steps + i, recipe.epochs * steps)
                  for i in range(steps)]
-        batches = train_batches(recipe, photos, epoch, precision.products)
+        batches = epoch_batches(recipe, photos, epoch, precision.products)
         module.train()
         losses, correct, counts = train_epoch(step, batches, rates, average)
         losses, correct, counts = map(add_up, (losses * counts, correct, counts))

@@ -51,9 +51,16 @@ def test_an_epoch_is_timed_with_its_waits(demo):
     assert min(result["shares"].values()) > 0 and sum(result["shares"].values()) < 1
 
 
-def test_the_usual_way_learns_from_the_same_photos(demo, monkeypatch):
+@pytest.mark.parametrize("tuned", [False, True])
+def test_the_usual_way_learns_from_the_same_photos(demo, monkeypatch, tuned):
+    """Tuned, in the precision of the device."""
+    seen, forward = [], models.CAMNet.forward
     monkeypatch.setattr(bench, "BATCH", 5)
-    assert bench.epoch_usual(demo, CPU, FLOAT32, steps=5)["images_per_second"] > 0
+    monkeypatch.setattr(models.CAMNet, "forward",
+                        lambda self, x: seen.append(forward(self, x)) or seen[-1])
+    bfloat16 = FLOAT32._replace(dtype=torch.bfloat16)
+    assert bench.epoch_usual(demo, CPU, bfloat16, 5, tuned)["images_per_second"] > 0
+    assert {logits.dtype for logits in seen} == {torch.bfloat16 if tuned else torch.float32}
 
 
 def test_operations_are_counted_forward_and_backward():
@@ -119,7 +126,7 @@ def test_all_rows_are_printed_and_written_as_data(tmp_path, monkeypatch, demo, t
     assert written["machine"]["torch"] == torch.__version__
     assert written["command"].startswith("python tests/bench.py ")
     rows = {row["job"]: row for row in written["rows"]}
-    epoch = "an epoch of the CNN, 64 px"
+    epoch = "an epoch of the CNN, 64 px; the usual way tuned"
     assert rows[epoch] == dict(job=epoch, unit="images/s", here=[50.0] * 3, usual=[50.0] * 3)
     assert rows["share of a step: optimiser"]["here"] == [0.1] * 3
     assert rows["the same by default, at 224 and 320 px"]["here"] == [2.0]

@@ -255,6 +255,15 @@ def test_a_batch_that_batch_normalisation_cannot_take_is_refused_before_anything
     assert refused(result, "--batch-size", "--crop") and not (tmp_path / "runs").exists()
 
 
+@pytest.mark.parametrize("file", ["runs", "runs/cnn"])
+def test_a_file_where_a_folder_goes_is_named(call, demo, tmp_path, file):
+    (tmp_path / file).parent.mkdir(exist_ok=True)
+    (tmp_path / file).touch()
+    result = call("train.py", *arguments(demo, tmp_path / "runs"))
+    refused(result, "runs/cnn cannot be written to", "--runs and --name")
+    assert (tmp_path / file).read_bytes() == b""
+
+
 def test_a_photo_too_small_for_plain_crops_is_refused_before_anything(call, demo, tmp_path):
     photos = shutil.copytree(demo, tmp_path / "photos", ignore=PHOTOS_ALONE)
     path = next((photos / "train").rglob("*.JPEG"))

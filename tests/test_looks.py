@@ -10,6 +10,7 @@ import torch
 import boxes
 import data
 import folders
+import metrics
 import models
 import networks
 import score
@@ -37,18 +38,43 @@ def call(module, monkeypatch, *arguments):
             signal.signal(end, handler)
 
 
-def test_each_list_of_looks_has_a_row_of_train_s_scores(checkpoint, demo, monkeypatch, capsys):
+def rows_of(text):
+    """The cells of Markdown's tables, and its other lines."""
+    return [[cell.strip() for cell in line.strip("| ").split(" | ")] for line in text.splitlines()
+            if line.strip("| -:")]
+
+
+def test_each_list_of_looks_has_its_rows_of_scores(checkpoint, demo, monkeypatch, capsys):
     call(looks, monkeypatch, checkpoint, "--data", demo, "--boxes", demo, "--looks", "32", "16,32")
-    lines = capsys.readouterr().out.splitlines()
-    _, _, one, two = (line.strip("| ").split(" | ") for line in lines)
-    assert one[0].strip() == "32" and two[0].strip() == "16, 32"
-    assert int(one[1]) == 60  # all photos of train
-    assert float(one[-1]) == 1.0 and float(two[-1]) > 0
-    ((network, facts),) = networks.load_networks([checkpoint], [[32]])
-    train, truth = boxes.load_boxes(demo, demo, folders.load(demo, "val"))[0][1]
+    rows = rows_of(capsys.readouterr().out)
+    accuracy = [row for row in rows if len(row) == 5]
+    assert [row[0] for row in accuracy] == ["looks, px", "32", "16, 32"]
+    val = folders.load(demo, "val")
+    ((network, _),) = networks.load_networks([checkpoint], [[32]])
+    logits, _ = score.logits_and_maps(network, data.eval_batches(val, 32, 20))
+    right = logits.argmax(1) == val.labels
+    assert accuracy[1][2] == str(metrics.mean_interval(right.float()))
+    assert accuracy[1][3] == "" and accuracy[2][3].endswith("]") and float(accuracy[2][4]) > 0
+    train, truth = boxes.load_boxes(demo, demo, val)[0][1]
     maps = looks.maps_of(models.fold_norms(network), train, 32, mirror=False)
-    scores = score.localisation(maps[None], truth, len(truth))
-    assert str(scores["pointing game"]) == one[2].strip()
+    scores = score.localisation(maps, truth, len(truth))
+    of_train = rows[rows.index(["Photos with boxes: train's 60"]):][2]
+    assert of_train[::2] == ["32", *(str(scores[name]) for name in looks.SCORES)]
+
+
+def test_heads_share_their_features(checkpoint, demo, tmp_path, monkeypatch, capsys):
+    content, other = torch.load(checkpoint), tmp_path / "other.pt"
+    content["state"]["head.bias"] = torch.arange(10.0) * 100  # always the last class
+    torch.save(content, other)
+    call(looks, monkeypatch, checkpoint, other, "--data", demo, "--boxes", demo, "--looks", "32")
+    accuracy = [row for row in rows_of(capsys.readouterr().out) if len(row) == 5]
+    assert [row[1] for row in accuracy] == ["head", "1", "2"]
+    assert accuracy[2][2].startswith("10.0 [")  # a tenth of val are of that class
+    content["state"]["features.0.0.weight"] += 1
+    torch.save(content, other)
+    with pytest.raises(SystemExit, match="2"):
+        call(looks, monkeypatch, checkpoint, other, "--data", demo, "--boxes", demo, "--looks", "9")
+    assert "other.pt has other features than" in capsys.readouterr().err
 
 
 def test_the_mirror_image_is_turned_back(checkpoint, demo):
@@ -57,7 +83,7 @@ def test_the_mirror_image_is_turned_back(checkpoint, demo):
     plain, mean = (looks.maps_of(network, photos, 32, mirror) for mirror in (False, True))
     assert mean.shape == plain.shape and not torch.allclose(mean, plain)
     turned = data.from_arrays([photos[i].flip(1) for i in range(len(photos))], photos.labels)
-    assert torch.allclose(looks.maps_of(network, turned, 32, True).flip(2), mean, atol=1e-4)
+    assert torch.allclose(looks.maps_of(network, turned, 32, True).flip(3), mean, atol=1e-4)
 
 
 @pytest.mark.parametrize("module", [looks, cell_position])

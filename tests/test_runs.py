@@ -204,6 +204,16 @@ def test_curves_are_the_values_they_show():
     assert heights[1][0] == pytest.approx((top + bottom) / 2, abs=2)
 
 
+def test_the_accuracy_to_beat_is_a_dashed_line():
+    row = dict(epoch=1, train_loss=2.0, val_loss=1.0, train_accuracy=0.5, val_accuracy=1.0)
+    without, dashed = (np.array(Image.open(io.BytesIO(runs.draw_curves([row], to_beat))))
+                       for to_beat in (None, 0.25))
+    changed = (without != dashed).any(2)
+    rows, columns = changed.nonzero()
+    assert columns.min() >= 510 and rows.min() == 330 - 280 // 4  # of the right diagram alone
+    assert 0.4 < changed[rows.min(), 510:830].mean() < 0.7
+
+
 def test_every_character_in_the_curves_is_in_the_font(monkeypatch):
     texts, write = [], ImageDraw.ImageDraw.text
     monkeypatch.setattr(ImageDraw.ImageDraw, "text",

@@ -125,7 +125,7 @@ def test_the_longer_a_training_the_less_of_a_photo_a_crop_shows(photos, monkeypa
     monkeypatch.setattr(data, "random_boxes", lambda photos, index, generator, area:
                         areas.append(area) or boxes.expand(len(index), -1))
     for epochs, least in ((1, 1.0), (4, 0.5)):
-        list(train.train_batches(small_recipe(epochs=epochs), photos, 0, torch.float32))
+        list(train.epoch_batches(small_recipe(epochs=epochs), photos, 0, torch.float32))
         assert areas[-1] == least == train.least_area(epochs)
     assert train.least_area(100) == pytest.approx(0.1)
 
@@ -223,7 +223,7 @@ def test_the_step_and_the_loop_fit_on_a_screen_and_have_backward_in_them():
 def test_one_batch_can_be_learnt_by_heart(photos, monkeypatch):
     few = photos.subset(torch.arange(0, 60, 4))
     (batch,) = data.eval_batches(few, 24, len(few))
-    monkeypatch.setattr(train, "train_batches", lambda *things: [batch] * 8)
+    monkeypatch.setattr(train, "epoch_batches", lambda *things: [batch] * 8)
     monkeypatch.setattr(train, "val_batches", lambda *things: [batch])
     recipe = small_recipe(epochs=4, batch_size=len(few))
     repeated = few.subset(torch.arange(len(few)).repeat(8))  # for 8 steps an epoch
@@ -294,7 +294,7 @@ def test_training_on_stored_features_equals_training_through_the_network(photos,
     recipe = train.make_recipe("resnet18", weights=None, looks=(32,), batch_size=32)
     stored = frozen.store(network, photos, 32, tmp_path / "train.features")
     batches = [batch for epoch in range(2)
-               for batch in train.train_batches(recipe, stored, epoch, torch.float32)]
+               for batch in train.epoch_batches(recipe, stored, epoch, torch.float32)]
     rates = [0.05 / (1 + i) for i in range(len(batches))]
     optimizer = torch.optim.SGD(network.head.parameters(), momentum=0.9)
     losses, *_ = epoch_of(network.head, batches, rates, optimizer)
@@ -383,7 +383,7 @@ def test_seed_and_epoch_decide_the_order_of_the_photos(photos):
     orders = []
     for seed in (0, 1):
         for epoch in (0, 1):
-            batches = train.train_batches(small_recipe(seed=seed), photos, epoch, torch.float32)
+            batches = train.epoch_batches(small_recipe(seed=seed), photos, epoch, torch.float32)
             orders.append(torch.cat([labels for _, labels in batches]).tolist())
     assert all(sorted(order) == sorted(orders[0]) for order in orders)
     assert all(a != b for i, a in enumerate(orders) for b in orders[:i])
