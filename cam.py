@@ -60,6 +60,8 @@ class MapsAndLogits(nn.Module):
 
 def check_identity(maps, logits, bias=None):
     """Raise ValueError unless logits = mean of the map + bias: else the maps explain no logits."""
+    if maps.shape[:2] != logits.shape:
+        raise ValueError(f"maps {tuple(maps.shape)} are not of logits {tuple(logits.shape)}")
     tolerance = max(1e-3, 2 * torch.finfo(maps.dtype).eps, 2 * torch.finfo(logits.dtype).eps)
     dtype = torch.promote_types(logits.dtype, torch.float32)  # half precision adds up badly
     means = maps.detach().to(dtype).mean((2, 3)) + (0 if bias is None else bias.detach())
@@ -78,30 +80,37 @@ def explain(network, images):
     own; its mode and weights stay as they are. Raises ValueError: it is of another shape.
     """
     network = getattr(network, "_orig_mod", network)  # of torch.compile, which leaves hooks out
-    linears = [module for module in network.modules() if isinstance(module, nn.Linear)]
-    head, features = linears[-1] if linears else None, None
+    head = vector = None  # the last linear layer that is asked, and what it is asked, (N, C)
+    found = {}  # channels -> the last output of as many, (N, C, h, w)
 
     def keep(module, inputs, output):
-        nonlocal features
-        if torch.is_tensor(output) and output.dim() == 4 and output.shape[1] == head.in_features:
-            # The last output of as many channels; a pooled one (1 x 1) replaces no larger one.
-            if features is None or output[0, 0].numel() > 1 or features[0, 0].numel() == 1:
-                features = output
+        nonlocal head, vector
+        if isinstance(module, nn.Linear):
+            head, vector = module, inputs[0]
+        elif torch.is_tensor(output) and output.dim() == 4:
+            earlier = found.get(output.shape[1])  # a pooled one (1 x 1) replaces no larger one
+            if earlier is None or output[0, 0].numel() > 1 or earlier[0, 0].numel() == 1:
+                found[output.shape[1]] = output
 
     training = [module for module in network.modules() if module.training]
-    named = getattr(network, "features", None)  # as a CAMNet has them
-    asked = [named] if named and head is getattr(network, "head", None) else network.modules()
-    hooks = [module.register_forward_hook(keep) for module in asked if head]
+    own = getattr(network, "features", None), getattr(network, "head", None)
+    camnet = isinstance(own[0], nn.Module) and isinstance(own[1], nn.Linear)
+    hooks = [module.register_forward_hook(keep) for module in (own if camnet else
+                                                               network.modules())]
     try:
-        logits = network.eval()(images) if head else None
+        logits = network.eval()(images)
     finally:
         for hook in hooks:
             hook.remove()
         for module in training:  # eval() is for all modules, and a frozen one was in it before
             module.training = True
+    features = found.get(vector.shape[-1]) if head else None
     if features is None or not torch.is_tensor(logits):
         raise ValueError(f"a {type(network).__name__} has no maps: it needs features (N, C, h, w), "
                          "their mean over places, and a linear head on that")
+    if vector.shape == features.shape[:2]:  # F.relu after the last module is seen by no hook
+        features = min(features, features.relu(),
+                       key=lambda seen: (seen.mean((2, 3)) - vector).abs().max())
     maps = class_activation_maps(features, head.weight)
     check_identity(maps, logits, head.bias)
     return maps, logits
@@ -111,7 +120,7 @@ def explain(network, images):
 
 HUES = {"adds": 50.0, "takes": 255.0}  # OKLab, degrees; the colour-blind tell them apart as well
 CHROMA = 0.17  # at the end of the scale
-SCALE_QUANTILE = 0.98  # of |values|, the end of a scale: of the largest, one cell would grey all
+SCALE_QUANTILE = 0.98  # of |values|: a scale to the largest would let one cell grey all others
 
 
 def oklab_to_srgb(lab):
@@ -156,8 +165,9 @@ def overlay(photo, class_map, scale):
     value = (upsample(as_map(class_map)[None], photo.shape[:2])[0] / float(scale)).clamp(-1, 1)
     strength = value.abs()  # chroma is proportional to it: equal steps in logits look equal
     hue = torch.deg2rad(torch.where(value > 0, HUES["adds"], HUES["takes"]))
-    light = 0.38 + 0.52 * lightness(photo)  # the photo, in grey
-    light = torch.lerp(light, torch.full_like(light, 0.68), 0.55 * strength)  # for strong colours
+    light = 0.38 + 0.52 * lightness(photo)  # the photo in grey; black and white have no colours
+    # Where the map is strong, towards a lightness at which colours are strong; the photo shows on.
+    light = torch.lerp(light, torch.full_like(light, 0.68), 0.55 * strength)
     lab = torch.stack([light, CHROMA * strength * hue.cos(), CHROMA * strength * hue.sin()], -1)
     return (oklab_to_srgb(lab) * 255).round().to(torch.uint8)
 

@@ -129,7 +129,7 @@ def first_pixels(height, width):
 
 def from_arrays(images, labels=None):
     """Photos of uint8 tensors or arrays (H, W, 3), or of PIL images, of any sizes; label 0 unless
-    given. Raises ValueError at another shape or type."""
+    given, classes called by their numbers. Raises ValueError at another shape or type."""
     images = [to_rgb(image) if isinstance(image, Image.Image) else image for image in images]
     images = [torch.as_tensor(image if torch.is_tensor(image) else np.array(image))
               for image in images]
@@ -141,7 +141,8 @@ def from_arrays(images, labels=None):
     labels = torch.zeros_like(height) if labels is None else torch.as_tensor(labels)
     pixels = torch.cat([image.reshape(-1, 3) for image in images])
     return Photos(pixels, first_pixels(height, width), height, width, labels,
-                  [str(i) for i in range(len(images))])
+                  [str(i) for i in range(len(images))],
+                  [str(i) for i in range(int(labels.max()) + 1)])
 
 
 def first_names(names, count=5):
@@ -208,7 +209,8 @@ def resample(photos, index, boxes, size, flip=None, dtype=torch.float32):
     """Cut boxes out of photos, resize and normalise them: (B, 3, size, size) `dtype`.
 
     index: (B,) which photos; boxes: (B, 4) float, y, x, height, width in pixels; flip: (B,) bool,
-    mirror or not. All on the CPU. In bfloat16 pixels are off by a quarter of a grey level."""
+    mirror or not; these three on the CPU. In bfloat16 pixels are off by a quarter of a grey level
+    on average."""
     flip = torch.zeros(len(index), dtype=torch.bool) if flip is None else flip
     y, x, height, width = boxes.T
     top, rows = span(y, height, size, photos.height[index])
@@ -235,12 +237,13 @@ def resample(photos, index, boxes, size, flip=None, dtype=torch.float32):
 
 def random_boxes(photos, index, generator=None, area=CROP_AREA):
     """Boxes (B, 4) of random resized crops (Szegedy et al. 2015): a share `area` to 1 of each
-    photo, anywhere in it, width : height between 1/CROP_RATIO and CROP_RATIO."""
+    photo, anywhere in it, width : height between 1/CROP_RATIO and CROP_RATIO; what is then longer
+    than the photo is cut, so that crops of a narrow photo are smaller."""
     height, width = photos.height[index].float(), photos.width[index].float()
     u, v, y, x = torch.rand(4, len(index), generator=generator)
     pixels = (area + (1 - area) * u) * height * width
     aspect = CROP_RATIO ** (2 * v - 1)
-    h = torch.minimum((pixels / aspect).sqrt(), height)  # cut to fit into a narrow photo
+    h = torch.minimum((pixels / aspect).sqrt(), height)
     w = torch.minimum((pixels * aspect).sqrt(), width)
     return torch.stack([y * (height - h), x * (width - w), h, w], 1)
 
@@ -560,10 +563,11 @@ def key_of(folder, paths, classes):
     return hashlib.sha256(repr([list(classes), files]).encode()).hexdigest()
 
 
-def load(folder, split="train", side=SHORT_SIDE):
+def load(folder, split="train", side=None):
     """The photos of folder/split/<class>/*, decoded once into folder/split.pixels, and anew when
-    one was added, removed or changed. side: px, to which a larger shortest side is reduced.
-    Labels are the class's place among the folders of train/, in sorted order."""
+    one was added, removed or changed. side: px, to which a larger shortest side is reduced; None:
+    what they are stored with, or SHORT_SIDE. Labels are the class's place among the folders of
+    train/, in sorted order."""
     folder = Path(os.path.expanduser(folder))
     packed = folder / f"{split}.pixels"
     classes = list(class_folders(folder / "train")[0])
@@ -575,6 +579,7 @@ def load(folder, split="train", side=SHORT_SIDE):
         raise ValueError(f"{folder / split} has classes that train/ lacks: {first_names(unknown)}")
     labels = [classes.index(name.split("/")[0]) for name in photos]
     key, index = key_of(folder, photos.values(), classes), read_index(packed)
+    side = side or index.get("side", SHORT_SIDE)
     if (index.get("key"), index.get("side")) != (key, side):
         part = Path(f"{packed}.{os.getpid()}.part")
         try:

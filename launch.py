@@ -140,9 +140,12 @@ def prepare_photos(recipe, folder, skip_bad, device):
     return photos, val
 
 
-def remarks_on_few(recipe, photos, val):
-    """Sentences where there are so few photos that training, or its accuracy, means little."""
+def remarks_on(recipe, photos, val):
+    """Sentences where a training, or the accuracy of so few photos, means little."""
     steps, found = len(data.shuffled(photos, recipe.batch_size, None)), []
+    if recipe.training == "head" and recipe.weights is None:
+        found.append(f"{recipe.arch} from random weights, its last layer alone trained, has learnt "
+                     "nothing to tell photos by: add --unfreeze")
     if recipe.training == "scratch" and steps * recipe.epochs < 1000 and recipe.epochs > 20:
         found.append(f"{photos:,} photos make {steps * recipe.epochs:,} steps of {recipe.epochs} "
                      f"epochs, and a network from scratch wants thousands: use --epochs "
@@ -157,7 +160,7 @@ def remarks_on_few(recipe, photos, val):
 def check_sizes(network, recipe, count):
     """Raise ValueError where `network` cannot take images of the recipe's sizes, or the smallest
     batch of `count` photos. Only small images can be too small: of 96 px at most are tried."""
-    plain = copy.deepcopy(models.with_looks(network, [0]))  # a pass changes batch normalisation
+    plain = copy.deepcopy(models.with_looks(network, ()))  # a pass changes batch normalisation
     device = next(plain.parameters()).device
     lengths = [len(index) for index in data.shuffled(count, recipe.batch_size, None)]
     crop, size = train.sides(recipe, 0)
@@ -210,7 +213,7 @@ def train_run(recipe, options):
         raise ValueError(f"{world} processes are more than a batch or val has photos: use a larger "
                          f"--batch-size than {recipe.batch_size}, or fewer processes")
     if rank == 0 and not options.dry_run:
-        for remark in remarks_on_few(recipe, len(photos), len(val)):
+        for remark in remarks_on(recipe, len(photos), len(val)):
             print(f"{folder}: {remark}", file=sys.stderr)
     run = Run(options.runs / options.name, recipe, photos, val, folder)
     goes_on = (run.folder / "last.pt").exists() and not options.dry_run  # all weights are in there

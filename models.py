@@ -64,11 +64,11 @@ def resize(x, size):
 def with_looks(network, sizes):
     """A CAMNet of the same modules that looks at `sizes` (px), in place of the looks it may have.
 
-    One size needs no `Looks`: feed the network images of that size.
+    One size needs no `Looks`: feed the network images of that size. (): none, the plain network.
     """
     own = network.features
     features = own.features if isinstance(own, Looks) else own
-    return CAMNet(features if len(sizes) == 1 else Looks(features, sorted(sizes)), network.head)
+    return CAMNet(features if len(sizes) <= 1 else Looks(features, sorted(sizes)), network.head)
 
 
 # ---------------------------------------------------------------- the CNN
@@ -104,10 +104,11 @@ def cnn(classes=10, width=192):
     side.
 
     width: channels at 1/8, where they are cheap (few pixels are left), and where the map is made.
-    Averages of 2 x 2 halve the image without aliasing (Zhang 2019): after 5 epochs 3 points more
+    Averages of 2 x 2 halve the image with less aliasing (Zhang 2019): after 5 epochs 3 points more
     are right than with convolutions of stride 2. Like the 4 x 4 filters of the first layer they
     keep a cell of the map where upsampling draws it; 3 x 3 filters of stride 2 would put it 3.5
-    pixels off. (A first convolution without bias is set and frozen by `whiten`, from train.start.)
+    pixels off. Of sides that are no multiples of 8 the last pixels are not seen. (A first
+    convolution without bias is set and frozen by `whiten`, from train.start.)
     """
     features = nn.Sequential(
         ConvNorm(3, 32, size=4, stride=2),  # 1/2
@@ -131,7 +132,7 @@ def whiten(network, images, eps=1e-3):
     components, each divided by its standard deviation, are uncorrelated and vary alike, so that the
     layers above learn from all of them at once (Coates & Ng 2012; Jordan 2024). Half of the filters
     are the negatives of the others, for ReLU drops one side. A first convolution of another kind
-    (a bias, groups, more filters than components) is left as it is.
+    (a bias, groups, an odd number of filters, or more than two a component) is left as it is.
     """
     conv = next((m for m in network.features.modules() if isinstance(m, nn.Conv2d)), None)
     if (conv is None or conv.bias is not None or conv.weight.shape[1] != images.shape[1]
@@ -322,8 +323,7 @@ def looks_key(looks):
 
 def save(file, network, **facts):
     """Write a `checkpoint` of `network` into `file`, a path or an open file."""
-    one_look = with_looks(network, [0])  # without `Looks`
-    torch.save(checkpoint(one_look.state_dict(), **facts), file)
+    torch.save(checkpoint(with_looks(network, ()).state_dict(), **facts), file)
 
 
 def checkpoint(state, **facts):

@@ -18,22 +18,23 @@ import torch
 def orthogonalise(matrices, dtype=torch.float32):
     """Nearly the orthogonal matrix nearest to each of `matrices` (..., m, n).
 
-    Three Newton-Schulz steps x <- (3.4445 - 4.775 xx' + 2.0315 (xx')^2) x bring singular values to
-    0.7..1.2 (Jordan et al. 2024). Polynomials of xx' commute, so their product is found among small
-    (m, m) matrices, and x is multiplied once.
+    Three Newton-Schulz steps x <- (3.4445 - 4.775 xx' + 2.0315 (xx')^2) x, of x with norm 1, bring
+    singular values above 1/50 to 0.7..1.2, and multiply smaller ones by up to 41 (Jordan et al.
+    2024, who take five). Polynomials of xx' commute, so their product is found among small (m, m)
+    matrices, and x is multiplied once.
     """
     tall = matrices.shape[-2] > matrices.shape[-1]
     x = (matrices.mT if tall else matrices).to(dtype)  # (..., m, n), m <= n
     gram = x @ x.mT
-    square = gram.diagonal(dim1=-2, dim2=-1).sum(-1)[..., None, None] + 1e-14  # Frobenius norm's
-    gram = gram / square
-    product = torch.eye(gram.shape[-1], dtype=dtype, device=x.device) / square.sqrt()
+    squares = gram.diagonal(dim1=-2, dim2=-1).sum(-1)[..., None, None] + 1e-14  # Frobenius norm's
+    gram = gram / squares
+    transform = torch.eye(gram.shape[-1], dtype=dtype, device=x.device) / squares.sqrt()
     for _ in range(3):
         polynomial = -4.7750 * gram + 2.0315 * (gram @ gram)
         polynomial.diagonal(dim1=-2, dim2=-1).add_(3.4445)
-        product = polynomial @ product
+        transform = polynomial @ transform
         gram = polynomial @ gram @ polynomial
-    x = product @ x
+    x = transform @ x
     return (x.mT if tall else x).to(matrices.dtype)
 
 
@@ -76,13 +77,16 @@ class Muon(torch.optim.Optimizer):
         """
         loss_scale = getattr(self, "grad_scale", None)
         for group in self.param_groups:
-            parameters, momentum = group["params"], group["momentum"]
+            parameters = [p for p in group["params"] if p.grad is not None]
+            if not parameters:
+                continue
+            momentum = group["momentum"]
             rate = group["lr"] * group["scale"]
             gradients = [p.grad for p in parameters]
             if loss_scale is not None:
                 overflow = self.found_inf > 0
                 gradients = [(g / loss_scale).masked_fill(overflow, 0) for g in gradients]
-                rate = rate * ~overflow  # no step
+                rate = rate * ~overflow  # no step, and the velocity fades
             velocities = [self.state[p]["velocity"] for p in parameters]
             torch._foreach_mul_(velocities, momentum)
             torch._foreach_add_(velocities, gradients)

@@ -137,7 +137,7 @@ class Run:
         row = rounded(epoch.row, self.recipe)
         self.rows.append(row)
         if row is self.best_row():
-            plain = models.with_looks(epoch.network, [0]).state_dict()
+            plain = models.with_looks(epoch.network, ()).state_dict()
             self.best = {name: tensor.clone() for name, tensor in plain.items()}
             self.accuracies = {row["size"]: row["val_accuracy"]}
         self.write_last(epoch.state)

@@ -557,6 +557,31 @@ def test_a_map_of_one_cell_is_explained_too():
     assert maps.shape == (2, 5, 1, 1)
 
 
+class Functional(nn.Module):
+    """A network of functions where a module could stand, and a second head that is not asked."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = nn.Conv2d(3, 8, 4, 4), nn.Conv2d(8, 8, 3, padding=1)
+        self.head, self.auxiliary = nn.Linear(8, 5), nn.Linear(8, 2)
+
+    def forward(self, x):
+        return self.head(torch.relu(self.last(torch.relu(self.first(x)))).mean((2, 3)))
+
+
+def test_explain_sees_what_is_no_module():
+    torch.manual_seed(0)
+    network, images = Functional(), torch.randn(2, 3, 32, 48, generator=seeded())
+    maps, logits = cam.explain(network, images)
+    assert maps.shape == (2, 5, 8, 12) and torch.equal(logits, network(images))
+    assert torch.allclose(maps.mean((2, 3)) + network.head.bias, logits, atol=1e-5)
+
+
+def test_maps_of_other_classes_than_the_logits_are_refused():
+    with pytest.raises(ValueError, match=r"maps \(2, 5, 3, 3\) are not of logits \(2, 4\)"):
+        cam.check_identity(torch.zeros(2, 5, 3, 3), torch.zeros(2, 4))
+
+
 @pytest.mark.parametrize("arch", ["resnet18", "densenet121", "mobilenet_v2", "googlenet"])
 def test_explain_takes_torchvisions_networks(arch):
     torch.manual_seed(0)

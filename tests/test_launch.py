@@ -351,9 +351,11 @@ def test_more_processes_than_photos_in_a_batch_are_refused(demo, tmp_path, call,
 
 def test_few_photos_are_said_to_be_few():
     recipe = train.make_recipe("cnn")
-    few, val = launch.remarks_on_few(recipe, 37, 5)
+    few, val = launch.remarks_on(recipe, 37, 5)
     assert "37 photos make 100 steps of 100 epochs" in few and "--epochs 5,000" in few
     assert "5 photos to validate on tell an accuracy to about 44 points" in val
-    assert launch.remarks_on_few(recipe, 9469, 3925) == []
-    assert launch.remarks_on_few(train.make_recipe("resnet18"), 37, 500) == []
-    assert launch.remarks_on_few(train.make_recipe("cnn", epochs=2), 600, 200) == []
+    assert launch.remarks_on(recipe, 9469, 3925) == []
+    (frozen,) = launch.remarks_on(train.make_recipe("resnet18", weights=None), 9469, 3925)
+    assert "add --unfreeze" in frozen
+    assert launch.remarks_on(train.make_recipe("resnet18"), 37, 500) == []
+    assert launch.remarks_on(train.make_recipe("cnn", epochs=2), 600, 200) == []

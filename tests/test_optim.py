@@ -35,6 +35,25 @@ def test_the_products_of_orthogonalisation_are_those_of_newton_schulz():
         assert torch.allclose(optim.orthogonalise(matrices, torch.float64), x, atol=1e-6)
 
 
+def test_directions_of_a_fiftieth_of_the_norm_are_brought_up():
+    u, v = (torch.linalg.qr(torch.randn(32, 32, dtype=torch.double))[0] for _ in range(2))
+    strengths = torch.tensor([1.0, *[0.02] * 15, *[1e-4] * 16], dtype=torch.double)
+    result = optim.orthogonalise(u * strengths @ v, torch.double)
+    found = torch.linalg.svdvals(result / 1)
+    assert 0.7 < found[15] and found[0] < 1.2
+    assert found[-1] / 1e-4 == pytest.approx(41, rel=0.02)
+
+
+def test_what_has_no_gradient_stays_and_no_kind_need_be_there():
+    network = nn.Sequential(nn.Conv2d(4, 4, 3, bias=False), nn.Conv2d(4, 4, 3, bias=False))
+    optimizer = optim.Muon(network, 0.1, 0.05)  # no vector, no linear layer
+    before = [p.detach().clone() for p in network.parameters()]
+    network[0](torch.randn(2, 4, 8, 8)).sum().backward()
+    optimizer.step()
+    first, second = network.parameters()
+    assert not torch.equal(first, before[0]) and torch.equal(second, before[1])
+
+
 def test_no_gradient_is_orthogonalised_to_no_step():
     assert not optim.orthogonalise(torch.zeros(4, 9)).any()
 
