@@ -2,6 +2,7 @@
 
 import glob
 import hashlib
+import itertools
 import os
 import re
 import sys
@@ -70,9 +71,8 @@ def folder_of(path):
     return Path(os.path.abspath(path)).parent.name
 
 
-def own_photos(names, titles, truth, classes):
+def own_photos(paths, titles, truth, classes):
     """Photos of one's own, titles, classes: of `truth`, else their folders' names, else None."""
-    paths = photo_files(names)
     if len(paths) > MOST_PHOTOS:
         raise ValueError(f"--images names {len(paths)} photos, too many for one picture: name at "
                          f"most {MOST_PHOTOS}")
@@ -93,6 +93,13 @@ def own_photos(names, titles, truth, classes):
 
 
 # ---------------------------------------------------------------- files to write
+
+
+def refuse_overwriting(outs, photos):
+    """ValueError where a file to write is one of the photos to show, which would be lost."""
+    for out, photo in itertools.product(filter(os.path.exists, outs), photos):
+        if os.path.exists(photo) and os.path.samefile(out, photo):
+            raise ValueError(f"--out {out} is a photo that is shown: name another file")
 
 
 def name_of(path):

@@ -80,6 +80,10 @@ def explain(network, images):
     own; its mode and weights stay as they are. Raises ValueError: it is of another shape.
     """
     network = getattr(network, "_orig_mod", network)  # of torch.compile, which leaves hooks out
+    refusal = ValueError(f"a {type(network).__name__} has no maps: it needs features (N, C, h, w), "
+                         "their mean over places, and a linear head on that")
+    if not any(isinstance(module, nn.Linear) for module in network.modules()):
+        raise refusal
     head = vector = None  # the last linear layer that is asked, and what it is asked, (N, C)
     found = {}  # channels -> the last output of as many, (N, C, h, w)
 
@@ -106,8 +110,7 @@ def explain(network, images):
             module.training = True
     features = found.get(vector.shape[-1]) if head else None
     if features is None or not torch.is_tensor(logits):
-        raise ValueError(f"a {type(network).__name__} has no maps: it needs features (N, C, h, w), "
-                         "their mean over places, and a linear head on that")
+        raise refusal
     if vector.shape == features.shape[:2]:  # F.relu after the last module is seen by no hook
         features = min(features, features.relu(),
                        key=lambda seen: (seen.mean((2, 3)) - vector).abs().max())

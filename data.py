@@ -29,6 +29,7 @@ import unicodedata
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -346,6 +347,7 @@ def decode(file, name=None, side=None):
     """A photo (path or open file) as upright RGB, (H, W, 3) uint8, whatever its mode.
     side: px; a larger shortest side is reduced to that. Raises ValueError that names the photo."""
     raw, name = b"", name or file
+    Image.MAX_IMAGE_PIXELS = None  # Pillow warns at 89 million; MAX_PIXELS is an error
     try:
         raw = file.read() if hasattr(file, "read") else Path(file).read_bytes()
         with Image.open(io.BytesIO(raw), formats=FORMATS) as image:
@@ -359,6 +361,8 @@ def decode(file, name=None, side=None):
             if side and min(image.size) > side:
                 image = image.resize(reduced(image.size, side), Image.BICUBIC)
             return np.array(image)
+    except MemoryError:  # says nothing of the photo
+        raise
     except FileNotFoundError as error:
         raise ValueError(f"{name} does not exist: name a photo that is there") from error
     except Exception as error:  # Pillow raises nearly every type there is on a damaged file
@@ -408,7 +412,7 @@ def read_photo(path, side):
         raw = Path(path).read_bytes()
         return (decode(io.BytesIO(raw), path, side),
                 hashlib.blake2b(raw, digest_size=8).hexdigest())
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, MemoryError) as error:
         return error, ""
 
 
@@ -420,8 +424,11 @@ def decode_all(paths, side):
     """
     paths, read = list(paths), partial(read_photo, side=side)
     if sys.platform == "linux" and len(os.sched_getaffinity(0)) > 1 and len(paths) > 100:
-        yield from forked(read, paths, min(16, len(os.sched_getaffinity(0))))
-        return
+        try:
+            yield from forked(read, paths, min(16, len(os.sched_getaffinity(0))))
+            return
+        except BlockingIOError:  # no more processes are allowed
+            pass
     with ThreadPoolExecutor(os.cpu_count()) as threads:
         waiting = deque()
         for path in paths:
@@ -433,40 +440,48 @@ def decode_all(paths, side):
 
 def forked(function, items, count):
     """Yields function(item) of each of a list, in order, from `count` forked processes: of every
-    count-th item each. One whose reader is gone, however it ended, ends at its next result."""
+    count-th item each. One whose reader is gone, however it ended, ends at its next result.
+
+    Close it (contextlib.closing) where an error may end the loop: its children hold locks, too.
+    Raises MemoryError where a child was ended from outside, which a system does that runs short.
+    """
     children, pipes = [], []
+    signals = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
     try:
         for k in range(count):
             end, start = os.pipe()
-            children.append(os.fork())
-            if not children[-1]:
-                work(function, items[k::count], start, [end, *(pipe.fileno() for pipe in pipes)])
-            os.close(start)
             pipes.append(open(end, "rb"))
+            with open(start, "wb") as pipe:
+                child = os.fork()
+                if not child:
+                    work(function, items[k::count], pipe, pipes)
+                children.append(child)
+        signal.pthread_sigmask(signal.SIG_SETMASK, signals)
         for i, item in enumerate(items):
             try:
                 yield pickle.load(pipes[i % count])
             except (EOFError, pickle.UnpicklingError) as error:
-                raise ValueError(f"{item}: the process that decodes it was ended from outside, "
-                                 "perhaps for want of memory: run the command again") from error
+                raise MemoryError(f"{item}: the process that reads it was ended") from error
     finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, signals)
         for pipe in pipes:
             pipe.close()
         for child in children:
             os.waitpid(child, 0)
 
 
-def work(function, items, start, foreign):
-    """A child's life: function(item) of each item into the pipe `start`, and nothing after it."""
+def work(function, items, pipe, ends):
+    """A child's life: function(item) of each item into `pipe`, and nothing after it. ends: of
+    pipes, the parent's, which alone may keep them open."""
     try:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C: the parent says what is to be said
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        for end in foreign:  # of the parent, which alone may keep a sibling's pipe open
-            os.close(end)
-        with open(start, "wb") as pipe:
-            for item in items:
-                pickle.dump(function(item), pipe, protocol=5)
-                pipe.flush()  # what is done is sent, whatever comes next
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT, signal.SIGTERM})
+        for end in ends:
+            end.close()
+        for item in items:
+            pickle.dump(function(item), pipe, protocol=5)
+            pipe.flush()  # what is done is sent, whatever comes next
     finally:
         os._exit(0)
 
@@ -480,19 +495,22 @@ def pack(file, paths, names, labels, side=SHORT_SIDE, skip_bad=False, key="", wa
     Returns the index. watch: wraps the loop, to show how far it is. Raises ValueError at a photo
     that cannot be decoded; skip_bad: it is left out, and its path goes to index["bad"]."""
     index = copy.deepcopy(EMPTY_INDEX) | {"key": key, "side": side, "skip_bad": skip_bad}
-    photos = zip(paths, names, labels, decode_all(paths, side), strict=True)
-    for path, name, label, (image, digest) in watch(photos):
-        if isinstance(image, Exception):
-            if not skip_bad:
-                raise ValueError(str(image)) from image
-            index["bad"].append(str(path))
-            continue
-        file.write(image.data)
-        index["pixels"] += image.shape[0] * image.shape[1]
-        index["sizes"].append(image.shape[:2])
-        index["labels"].append(label)
-        index["names"].append(name)
-        index["digests"].append(digest)
+    with closing(decode_all(paths, side)) as decoded:
+        photos = zip(paths, names, labels, decoded, strict=True)
+        for path, name, label, (image, digest) in watch(photos):
+            if isinstance(image, ValueError | FileNotFoundError | PermissionError):
+                if not skip_bad:
+                    raise ValueError(str(image)) from image
+                index["bad"].append(str(path))
+                continue
+            if isinstance(image, Exception):  # what the machine lacks is no damage of the photo
+                raise image
+            file.write(image.data)
+            index["pixels"] += image.shape[0] * image.shape[1]
+            index["sizes"].append(image.shape[:2])
+            index["labels"].append(label)
+            index["names"].append(name)
+            index["digests"].append(digest)
     text = json.dumps(index).encode()
     file.write(text + len(text).to_bytes(8, "little"))
     return index

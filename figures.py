@@ -61,6 +61,9 @@ def load_val(folder, facts):
     if not folder:
         own = facts.get("data")
         folder = own if own and os.path.exists(own) else DATA
+        if own and own != DATA and not os.path.exists(DATA) and folder == DATA:
+            raise ValueError(f"{own}, on which {facts['arch']} was trained, is not here: name the "
+                             "photos with --data")
     val = folders.load(folders.prepare(folder), "val").relabelled(facts["classes"])
     trained = facts.get("settings", {}).get("data")
     if trained and facts.get("accuracy_on") == "val" and trained[1] != val.fingerprint:
@@ -216,7 +219,9 @@ def figure(options):
     loaded = asked.load_networks(options, options.models or asked.default_checkpoints(CHECKPOINTS))
     classes = list(loaded[0][1]["classes"])
     if options.images:
-        chosen = asked.own_photos(options.images, options.titles, options.truth, classes)
+        paths = asked.photo_files(options.images)
+        asked.refuse_overwriting([options.out], paths)
+        chosen = asked.own_photos(paths, options.titles, options.truth, classes)
     else:
         chosen = one_of_each_class(options.data, options.seed, classes, options.classes, loaded)
     photos, titles, truth = chosen
@@ -246,6 +251,7 @@ def explain(options):
     models = options.models or asked.default_checkpoints(CHECKPOINTS[-1:])
     words = [*(options.contrast or ()), *options.classes]
     outs = asked.explanation_names(paths, [*models, *(options.weights or ())], words, options.out)
+    asked.refuse_overwriting(outs, paths)
     loaded = asked.load_networks(options, models)
     classes = list(loaded[0][1]["classes"])
     wanted = [networks.class_index(name, classes) for name in options.classes]

@@ -48,7 +48,8 @@ def atomic(path):
         named = error.filename if error.filename != str(part) else None
         raise OSError(error.errno, error.strerror, named or str(path)) from error
     finally:
-        part.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # of a disk that has become read-only
+            part.unlink(missing_ok=True)
 
 
 def write(path, contents):
@@ -159,7 +160,9 @@ def run_command(function, *arguments, out_of_memory="use smaller images",
     out_of_memory, interrupted: what to do about it, and what is left, for the sentences.
     """
     script = Path(sys.argv[0]).name
-    for stream in filter(None, (sys.stdout, sys.stderr)):
+    sys.stdout, sys.stderr = (stream or open(os.devnull, "w")  # closed, as daemons' are
+                              for stream in (sys.stdout, sys.stderr))
+    for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="backslashreplace")  # a name this terminal has no letters for
     for end in (signal.SIGINT, signal.SIGTERM):
         signal.signal(end, signal.default_int_handler)

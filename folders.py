@@ -93,6 +93,10 @@ def choose_val(candidates, train_folder, classes):
 
 def refuse_classes(folder, classes, hint):
     """ValueError where the class folders {class: {name: path}} of a folder are none to train on."""
+    if len(classes) == 1 and any(classes.values()):
+        raise ValueError(f"{folder} holds one class folder, {min(classes)}, and two or more are "
+                         "needed: put the photos of another class into a folder beside it, or, "
+                         "where it holds photos of several, give those of each class a folder")
     if len(classes) < 2:
         raise ValueError(f"{folder} holds {len(classes)} class folders: two or more are needed, "
                          "each with the photos of a class" + (where_photos_lie(folder) or
@@ -242,7 +246,7 @@ def decode(folder, split, photos, classes, settings):
             index = data.pack(
                 file, photos.values(), photos, labels, **settings,
                 watch=lambda items: files.progress(items, f"decoding {place}:", len(photos)))
-        except ValueError as error:  # of a damaged photo: the only kind
+        except ValueError as error:  # of a damaged photo
             raise ValueError(f"{error}, or leave such files out: python data.py {folder} "
                              "--skip-bad") from error
         lost = {classes[label] for label in set(labels) - set(index["labels"])}

@@ -51,8 +51,8 @@ def make_parser():
                "as large as in crops: 96 for 64 px and 100 epochs")
     add("--looks", type=files.sizes, default=argparse.SUPPRESS, metavar="PX,PX,...",
         help="sides of the photos when maps are made; their feature maps are averaged (default: "
-        "2/3, 1 and 4/3 of --size for the cnn, with --plain-crop that alone, 1 and 10/7 of it for "
-        "other networks)")
+        "2/3, 1 and 4/3 of --size for the cnn, with --plain-crop that alone, 10/7 of it for a last "
+        "layer, 1 and 10/7 with --unfreeze)")
     add_recipe("batch-size", number(1, 2**31), "photos in a step")
     add_recipe("lr", number(0, 1e37, float), "peak learning rate of filters; 5 times it of others")
     add_recipe("weight-decay", number(0, 1e3, float), "of filters, in units of the learning rate")
@@ -84,6 +84,8 @@ def check_options(parser, options):
     if Path(name).name != name or name == "..":
         parser.error(f"--name {name} is not the name of a folder in --runs: use one without "
                      "slashes")
+    if len(os.fsencode(name)) > 200:
+        parser.error(f"--name {name[:20]}... is too long for a folder: use a shorter one")
     if name.endswith("-dry-run"):
         parser.error(f"--name {name} is what --dry-run calls its run: use another")
     if cnn and options.plain_crop and "size" not in options:
@@ -200,6 +202,9 @@ def train_run(recipe, options):
     if device.type == "cuda":  # TF32: for what stays in float32 in training, not for maps' features
         torch.backends.cudnn.allow_tf32 = recipe.training != "head"
         torch.set_float32_matmul_precision("highest" if recipe.training == "head" else "high")
+    # Refused before photos are fetched: a network that is unknown, or not of the CAM shape.
+    models.build(recipe.arch, 2, recipe.weights if recipe.arch == "cnn" else None,
+                 recipe.width or 8)
     join_processes(device)
     rank, world = train.processes()
     folder = folders.prepare(options.data)

@@ -239,10 +239,13 @@ def read_weights(weights, arch):
             raise ValueError(f"cannot download the ImageNet weights of {arch} ({error}): fetch "
                              f"{entry.url} elsewhere and name the file with --weights (WEIGHTS=)"
                              ) from error
+    if not Path(weights).exists():
+        raise ValueError(f"{weights} does not exist, and is no name of weights for {arch} "
+                         f"(imagenet, {', '.join(named.__members__)}): name one with --weights")
     state = read(weights)
     if isinstance(state, dict) and state.get("format") == FORMAT:
-        raise ValueError(f"{weights} is a checkpoint of this project, no file of weights: name it "
-                         "with --model")
+        raise ValueError(f"{weights} is a checkpoint of this project, no file of weights: cam.py "
+                         "takes it with --model, and a training goes on with its own by itself")
     wrappers = {"state_dict", "model", "model_state_dict"}
     while isinstance(state, dict) and (inner := wrappers & state.keys()):
         state = state[min(inner)]

@@ -44,6 +44,10 @@ class Run:
         self.settings = dict(asdict(recipe), looks=list(recipe.looks),
                              photos=[len(photos), len(val)],
                              data=[photos.fingerprint, val.fingerprint])
+        if recipe.weights and Path(recipe.weights).is_file():
+            with open(recipe.weights, "rb") as file:
+                digest = hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=8))
+            self.settings["weights_digest"] = digest.hexdigest()
         how = {"head": "only its last layer trained", "scratch": "trained from scratch",
                "all": "every layer fine-tuned" if recipe.weights else "trained from scratch"}
         self.facts = dict(arch=recipe.arch, width=recipe.width, classes=photos.classes,
@@ -90,7 +94,10 @@ class Run:
         old, ours, theirs = facts["settings"], set(self.facts["classes"]), set(facts["classes"])
         differ = [f"{key} {old.get(key)} there, {value} here"
                   for key, value in self.settings.items()
-                  if old.get(key) != value and key != "data"]
+                  if old.get(key) != value and key not in ("data", "weights_digest")]
+        digests = {settings.get("weights_digest") for settings in (old, self.settings)} - {None}
+        if len(digests) > 1:
+            differ.append(f"{self.recipe.weights} holds other weights now")
         if ours != theirs:
             differ.append(f"classes {data.first_names(theirs - ours)} there alone, "
                           f"{data.first_names(ours - theirs)} here alone")

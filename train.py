@@ -5,7 +5,8 @@
     python train.py resnet18 --unfreeze        the same, every layer trained
 
 This is the training itself: it touches no disk and prints nothing. `train` yields after each epoch,
-and launch.py listens. Copy train.py, optim.py, data.py and models.py, and this trains a network:
+and launch.py listens. Copy train.py, optim.py, data.py and models.py, and this trains a network (a
+last layer alone is trained on features, which frozen.py computes, in place of photos):
 
     import data
     from train import choose_precision, make_recipe, start, train
@@ -15,8 +16,6 @@ and launch.py listens. Copy train.py, optim.py, data.py and models.py, and this 
     precision = choose_precision(photos.device)
     for epoch in train(recipe, start(recipe, photos, precision), photos, val, precision):
         print(epoch.row)                       # epoch.network: to save; epoch.state: to go on from
-
-A last layer alone is trained on features, which frozen.py computes, in place of photos.
 """
 
 import os
@@ -82,16 +81,18 @@ def make_recipe(arch, unfreeze=False, **given):
         fields["size"] = matching_size(fields["crop"], fields["epochs"])
     if "looks" not in fields:  # a network of plain crops knows objects of one scale alone
         plain = fields.get("plain_crop")
-        fields["looks"] = (fields["size"],) if plain else default_looks(arch, fields["size"])
+        fields["looks"] = (fields["size"],) if plain else default_looks(training, fields["size"])
     return Recipe(**fields)
 
 
-def default_looks(arch, size):
-    """Sizes (px) for maps: the CNN's gain by smaller and larger photos, a pretrained network's by
-    larger ones. Multiples of a cell's width (8 or 32 px) leave no cell half empty."""
-    factors, cell = ((2 / 3, 4 / 3), 8) if arch == "cnn" else ((10 / 7,), 32)
-    others = (max(cell, round(factor * size / cell) * cell) for factor in factors)
-    return tuple(sorted({size, *others}))
+def default_looks(training, size):
+    """Sizes (px) for maps: the CNN's gain by smaller and larger photos, a frozen network's by a
+    larger one alone, at which its head is right as often as at the size it learned from (RESULTS).
+    Multiples of a cell's width (8 or 32 px) leave no cell half empty."""
+    factors = {"scratch": (2 / 3, 1, 4 / 3), "head": (10 / 7,), "all": (1, 10 / 7)}[training]
+    cell = 8 if training == "scratch" else 32
+    return tuple(sorted({size if factor == 1 else max(cell, round(factor * size / cell) * cell)
+                         for factor in factors}))
 
 
 # ---------------------------------------------------------------- schedules
@@ -437,8 +438,9 @@ def check_finite(losses, epoch):
     """Raise ValueError unless an epoch's losses, of each step, then of validation, are finite."""
     if bad := [step for step, loss in enumerate(losses, 1) if not math.isfinite(loss)]:
         where = f"step {bad[0]}" if bad[0] < len(losses) else "validation"
+        saved = f"what is saved is of epoch {epoch}" if epoch else "nothing is saved"
         raise ValueError(f"the loss is not finite in epoch {epoch + 1}, {where}: use a smaller "
-                         f"--lr; what is saved is of epoch {epoch}")
+                         f"--lr; {saved}")
 
 
 if __name__ == "__main__":

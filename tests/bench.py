@@ -4,9 +4,9 @@
 
 Every number comes from a process of its own, so that no job profits from another's warm memory.
 This project and the usual way take turns, REPEATS times, and a ratio is given with its smallest and
-largest value; matrix products, memory, epochs of part of the photos and a last layer at its default
-looks are measured once. Prints Markdown, and writes all measurements as JSON (--out). --peers names
-a folder with torchcam and grad-cam, which the benchmark alone uses (`make bench` fills it).
+largest value; matrix products, memory and epochs of part of the photos are measured once. Prints
+Markdown, and writes all measurements as JSON (--out). --peers names a folder with torchcam and
+grad-cam, which the benchmark alone uses (`make bench` fills it).
 """
 
 import argparse
@@ -176,16 +176,14 @@ def link_photos(folder, links):
         folders.pixels_path(links, split).symlink_to(stored)
 
 
-def head(folder, device, precision, looks=None):
+def head(folder, device, precision):
     """`train.py resnet18 --weights none`, the whole process: 5 epochs, validation included, on
-    photos that were decoded earlier, and whose features nobody has stored. looks: sizes, or None:
-    no --looks."""
+    photos that were decoded earlier, and whose features nobody has stored."""
     with tempfile.TemporaryDirectory() as runs, tempfile.TemporaryDirectory() as links:
         link_photos(folder, links)
-        options = ["--looks", ",".join(map(str, looks))] if looks else []
         started = time.time()
         subprocess.run([sys.executable, HERE / "train.py", "resnet18", "--weights", "none",
-                        "--data", links, "--runs", runs, "--device", device.type, *options],
+                        "--data", links, "--runs", runs, "--device", device.type],
                        check=True, stdout=subprocess.DEVNULL)
         return dict(seconds=time.time() - started)
 
@@ -474,14 +472,10 @@ def growth(rows, command):
 
 
 def last_layer(rows, command):
-    """Rows on fine-tuning: at one look, as the usual way, and as `make finetune` does it, which is
-    slower, against the same."""
-    heads = in_turns(command, ("head", dict(looks=[SIZE])), ("head_usual", {}))
-    ours, usual = (values(results, "seconds") for results in heads)
-    add(rows, "last layer of ResNet-18, 5 epochs", "s", ours, usual)
-    looks = " and ".join(map(str, train.default_looks("resnet18", SIZE)))
-    default = job(command, "head")["seconds"]
-    add(rows, f"the same by default, at {looks} px", "s", [default], usual[-1:])
+    """A row on fine-tuning, as `make finetune` does it."""
+    heads = in_turns(command, ("head", {}), ("head_usual", {}))
+    add(rows, "last layer of ResNet-18, 5 epochs", "s",
+        *(values(results, "seconds") for results in heads))
 
 
 def measure(rows, source, folder, device, precision, peers, quick):

@@ -1,5 +1,6 @@
 """data.py against Pillow, and alone: batches, decoding, the packed file."""
 
+import io
 import json
 import os
 import shutil
@@ -551,7 +552,7 @@ class TestForked:
         assert len(set(ended.stdout.split())) == 3 and len(ended.stdout.split()) < 100
 
     @pytest.mark.parametrize("sent", [signal.SIGKILL, signal.SIGTERM])
-    def test_one_that_is_killed_is_named_by_its_photo(self, sent):
+    def test_one_that_is_killed_is_want_of_memory_and_named_by_its_photo(self, sent):
         def one(item):
             if item == "c.png":
                 os.kill(os.getpid(), sent)
@@ -559,8 +560,47 @@ class TestForked:
 
         decoded = data.forked(one, ["a.png", "b.png", "c.png", "d.png"], 2)
         assert [next(decoded), next(decoded)] == ["a.png", "b.png"]
-        with pytest.raises(ValueError, match="c.png: the process that decodes it was ended"):
+        with pytest.raises(MemoryError, match="c.png: the process that reads it was ended"):
             next(decoded)
+
+    def test_they_end_with_an_error_that_somebody_keeps(self, tmp_path, monkeypatch):
+        """A traceback holds on to the loop, and they would hold locks."""
+        folder = draw_classes(tmp_path / "ab", a=150, b=2)
+        paths = sorted(folder.rglob("*.png"))
+        paths[7].write_bytes(b"damaged")
+        monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 1})
+        with pytest.raises(ValueError, match="cannot be read as a photo") as kept:
+            data.pack(io.BytesIO(), paths, map(str, paths), [0] * len(paths))
+        with pytest.raises(ChildProcessError):
+            os.waitpid(-1, os.WNOHANG)
+        assert kept.tb is not None
+
+    def test_where_no_process_may_begin_threads_decode(self, tmp_path, monkeypatch):
+        paths = sorted(draw_classes(tmp_path / "ab", a=150, b=2).rglob("*.png"))
+        monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 1})
+        expected = [digest for _, digest in data.decode_all(paths, 256)]
+        fork, asked = os.fork, []
+
+        def refuse_the_second():
+            asked.append(1)
+            if len(asked) == 2:
+                raise BlockingIOError(11, "Resource temporarily unavailable")
+            return fork()
+
+        monkeypatch.setattr(os, "fork", refuse_the_second)
+        assert [digest for _, digest in data.decode_all(paths, 256)] == expected
+        assert len(asked) == 2
+
+
+@pytest.mark.parametrize("error", [MemoryError("no"), OSError(24, "Too many open files")])
+def test_what_a_machine_lacks_is_no_damage_of_a_photo(tmp_path, monkeypatch, error):
+    def decode(*given):
+        raise error
+
+    paths = sorted(draw_classes(tmp_path / "ab", a=2, b=2).rglob("*.png"))
+    monkeypatch.setattr(data, "decode", decode)
+    with pytest.raises(type(error)):
+        data.pack(io.BytesIO(), paths, map(str, paths), [0] * len(paths), skip_bad=True)
 
 
 # ---------------------------------------------------------------- simple folders

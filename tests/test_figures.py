@@ -375,6 +375,27 @@ def test_a_folder_that_is_there_may_have_a_dot_in_its_name(call, demo, one, tmp_
     assert len(list((tmp_path / "photos.2026").glob("*.png"))) == 1
 
 
+@pytest.mark.parametrize("command", ["explain", "figure"])
+def test_no_picture_is_written_over_a_photo_that_it_shows(call, demo, one, tmp_path, command):
+    photo = tmp_path / "own.png"
+    Image.open(next((demo / "val").glob("*/*.JPEG"))).save(photo)
+    before = photo.read_bytes()
+    what = {"explain": ["explain", photo, "--model", one],
+            "figure": ["figure", "--images", photo, "--models", one]}[command]
+    assert refused(call(*what, "--out", "own.png"), "--out own.png is a photo that is shown")
+    assert photo.read_bytes() == before
+
+
+@pytest.mark.parametrize("command", ["explain", "figure", "gallery", "predict"])
+def test_a_place_that_is_read_only_is_said_before_any_work(call, demo, one, monkeypatch, command):
+    photo, access = next((demo / "val").glob("*/*.JPEG")), os.access
+    monkeypatch.setattr(os, "access", lambda path, mode: mode != os.W_OK and access(path, mode))
+    monkeypatch.setattr(networks, "load_networks", None)  # is not called
+    these = [photo] if command in ("explain", "predict") else ["--data", demo]
+    out = "new/out.csv" if command == "predict" else "new/out.png"
+    assert refused(call(command, *these, "--out", out), out, "read-only", "--out")
+
+
 def test_explain_keeps_photos_of_the_same_name_apart(call, demo, one, tmp_path):
     for i, photo in enumerate(list((demo / "val").glob("*/*.JPEG"))[:3]):
         (tmp_path / str(i)).mkdir()
@@ -803,7 +824,7 @@ def test_the_photos_of_the_training_are_the_default(call, demo, tmp_path, seen):
         assert result.returncode == 0 and f"{demo}: 60 train" in result.stderr, result.stderr
         assert "not the val photos" not in result.stderr and "trained on" not in result.stderr
     model = trained_checkpoint(tmp_path / "best.pt", demo, data="gone")
-    assert refused(call("gallery", "--model", model), "data/imagenette2-160 does not exist")
+    assert refused(call("gallery", "--model", model), "gone, on which cnn was trained", "--data")
 
 
 def test_other_photos_than_the_accuracy_is_of_are_named(call, demo, tmp_path):

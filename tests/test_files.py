@@ -19,6 +19,29 @@ import files
 # ---------------------------------------------------------------- whole or not at all
 
 
+def test_a_disk_that_becomes_read_only_is_said_of_the_file_that_was_named(tmp_path, monkeypatch):
+    def unlink(path, **options):
+        raise OSError(errno.EROFS, "Read-only file system", str(path))
+
+    monkeypatch.setattr(Path, "unlink", unlink)
+    with pytest.raises(OSError, match="Read-only file system: '.*file'$"):
+        with files.atomic(tmp_path / "file"):
+            raise OSError(errno.EROFS, "Read-only file system")
+
+
+@pytest.mark.skipif(os.name == "nt", reason="sh closes them")
+def test_a_command_whose_streams_are_closed_does_its_work(tmp_path):
+    code = ("import files, sys\n"
+            "def work():\n"
+            "    print('said')\n"
+            "    list(files.progress(range(3), 'three:', 3))\n"
+            "    open(sys.argv[1], 'w').write('done')\n"
+            "files.run_command(work)")
+    path, closed = tmp_path / "file", f'exec "{sys.executable}" -c "$0" "$1" 2>&- >&-'
+    assert subprocess.run(["sh", "-c", closed, code, path], cwd=REPO).returncode == 0
+    assert path.read_text() == "done"
+
+
 def test_atomic_is_all_or_nothing(tmp_path):
     path = tmp_path / "file"
     with files.atomic(path) as file:

@@ -460,7 +460,7 @@ WRONG_FOLDERS = {  # what is done to it, what the sentence says
     "empty": (empty, ["small holds 0 class folders", "two or more", "python data.py"]),
     "without train": (lambda f: shutil.rmtree(f / "train"), ["train is missing", "val/"]),
     "train empty": (lambda f: empty(f / "train"), ["train holds 0 class folders"]),
-    "one class": (one_class, ["train holds 1 class folders", "two or more"]),
+    "one class": (one_class, ["train holds one class folder", "two or more"]),
     "unknown class": (lambda f: shutil.copytree(f / "val" / TENCH, f / "val" / "pike"),
                       ["val/pike is a class that", "train lacks"]),
     "class missing": (lambda f: shutil.rmtree(f / "train" / TENCH),
@@ -703,7 +703,7 @@ def test_train_alone_is_used_and_val_beside_it_is_named(tmp_path, capsys):
 
 
 UNCLEAR = {  # folders, what the sentence says
-    "photos alone": (["photos*"], ["photos lie in", "photos: give those of each class a folder"]),
+    "photos alone": (["photos*"], ["one class folder, photos", "give those of each class a"]),
     "beside another": (["photos", "docs*"], ["docs holds no photo", "if", "photos holds the class "
                                              "folders, name it"]),
     "train inside": (["photos/train", "photos/val", "figures"],

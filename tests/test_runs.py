@@ -402,6 +402,21 @@ def test_a_run_knows_its_photos(copied, demo, tmp_path, call):
     assert refused(result, "other settings", "photos")
 
 
+def test_a_run_knows_the_weights_it_began_with(demo, tmp_path):
+    weights = tmp_path / "weights.pth"
+    these = demo, tmp_path, "--weights", weights, "--looks", 32
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        network = models.torchvision_models.get_model(SMALL, weights=None)
+        torch.save(network.state_dict(), weights)
+        if seed == 0:
+            training_stopped_after(1, *these, arch=SMALL, epochs=2)
+    with pytest.raises(ValueError, match="weights.pth holds other weights now"):
+        training(*these, arch=SMALL, epochs=2)
+    weights.unlink()  # all is in last.pt
+    training(*these, arch=SMALL, epochs=2)
+
+
 def test_a_run_on_other_classes_says_which(copied, demo, tmp_path, call):
     other = shutil.copytree(demo, tmp_path / "other", ignore=PHOTOS_ALONE)
     for split in ("train", "val"):
