@@ -420,12 +420,14 @@ def decode_all(paths, side):
     """Yields, in order, `read_photo` of each path, computed on all cores; few wait in memory.
 
     Small photos keep Python as busy as the decoder, and Python runs one thread at a time: so by
-    processes, where they are forked (Linux), which starts nothing anew; elsewhere by threads.
+    processes, where there are more than two cores (on two, threads are as fast), and where
+    processes are forked (Linux), which starts nothing anew; elsewhere by threads.
     """
     paths, read = list(paths), partial(read_photo, side=side)
-    if sys.platform == "linux" and len(os.sched_getaffinity(0)) > 1 and len(paths) > 100:
+    cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else 1
+    if cores > 2 and len(paths) > 100:
         try:
-            yield from forked(read, paths, min(16, len(os.sched_getaffinity(0))))
+            yield from forked(read, paths, min(16, cores))
             return
         except BlockingIOError:  # no more processes are allowed
             pass

@@ -568,7 +568,7 @@ class TestForked:
         folder = draw_classes(tmp_path / "ab", a=150, b=2)
         paths = sorted(folder.rglob("*.png"))
         paths[7].write_bytes(b"damaged")
-        monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 1})
+        monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 1, 2})
         with pytest.raises(ValueError, match="cannot be read as a photo") as kept:
             data.pack(io.BytesIO(), paths, map(str, paths), [0] * len(paths))
         with pytest.raises(ChildProcessError):
@@ -577,7 +577,7 @@ class TestForked:
 
     def test_where_no_process_may_begin_threads_decode(self, tmp_path, monkeypatch):
         paths = sorted(draw_classes(tmp_path / "ab", a=150, b=2).rglob("*.png"))
-        monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 1})
+        monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 1, 2})
         expected = [digest for _, digest in data.decode_all(paths, 256)]
         fork, asked = os.fork, []
 
