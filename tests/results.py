@@ -417,7 +417,8 @@ def controls(results, networks):
     kinds = (tables.OWN, tables.RANDOM, tables.SQUARE)
     rows = [["%, [95 % interval]", "network", *kinds]]
     for name in CONTROLS:
-        rows += [[name, network, *(str(results.get((name, network, kind), "")) for kind in kinds)]
+        shown = name.replace("increase in confidence", "confidence grows")  # the table's width
+        rows += [[shown, network, *(str(results.get((name, network, kind), "")) for kind in kinds)]
                  for network in networks if (name, network, tables.OWN) in results]
     return table(rows) if len(rows) > 1 else ""
 
