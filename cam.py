@@ -88,6 +88,7 @@ def explain(network, images):
     found = {}  # channels -> the last output of as many, (N, C, h, w)
 
     def keep(module, inputs, output):
+        """Note what a module was asked and said, if it may be the head or the features."""
         nonlocal head, vector
         if isinstance(module, nn.Linear):
             head, vector = module, inputs[0]

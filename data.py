@@ -29,7 +29,7 @@ import unicodedata
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -448,28 +448,35 @@ def forked(function, items, count):
     Raises MemoryError where a child was ended from outside, which a system does that runs short.
     """
     children, pipes = [], []
-    signals = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
     try:
         for k in range(count):
             end, start = os.pipe()
             pipes.append(open(end, "rb"))
-            with open(start, "wb") as pipe:
+            with open(start, "wb") as pipe, ends_wait():
                 child = os.fork()
                 if not child:
                     work(function, items[k::count], pipe, pipes)
                 children.append(child)
-        signal.pthread_sigmask(signal.SIG_SETMASK, signals)
         for i, item in enumerate(items):
             try:
                 yield pickle.load(pipes[i % count])
             except (EOFError, pickle.UnpicklingError) as error:
                 raise MemoryError(f"{item}: the process that reads it was ended") from error
     finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, signals)
         for pipe in pipes:
             pipe.close()
         for child in children:
             os.waitpid(child, 0)
+
+
+@contextmanager
+def ends_wait():
+    """Let Ctrl-C and SIGTERM wait until the block is left: a child must not act as its parent."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def work(function, items, pipe, ends):

@@ -59,9 +59,9 @@ def load_val(folder, facts):
     """The val photos of `folder`, None: of the data a network was trained on, if they are there;
     labels in the order of its classes. Says where they are not those that its accuracy is of."""
     if not folder:
-        own = facts.get("data")
-        folder = own if own and os.path.exists(own) else DATA
-        if own and own != DATA and not os.path.exists(DATA) and folder == DATA:
+        own = facts.get("data") or DATA
+        folder = own if os.path.exists(own) else DATA
+        if own != DATA and not os.path.exists(folder):
             raise ValueError(f"{own}, on which {facts['arch']} was trained, is not here: name the "
                              "photos with --data")
     val = folders.load(folders.prepare(folder), "val").relabelled(facts["classes"])

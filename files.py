@@ -70,6 +70,15 @@ def make_writable(folder, advice):
         raise ValueError(f"{folder} cannot be written to ({reason}): {advice}")
 
 
+def check_place(path):
+    """Raise ValueError, before any work, where no file can be written at `path`."""
+    there = next(above for above in Path(path).absolute().parents if above.exists())
+    if not (there.is_dir() and os.access(there, os.W_OK)):
+        reason = "is read-only" if there.is_dir() else "is no folder that takes files"
+        raise ValueError(f"{path} cannot be written, for {there} {reason}: name another place with "
+                         "--out")
+
+
 @contextlib.contextmanager
 def lock(path, wait=True):
     """Hold `path`.lock: one process works, and others wait or, with wait=False, get a ValueError.

@@ -30,6 +30,7 @@ def make_parser():
     add, number, px = parser.add_argument, files.between, files.between(1, 4096)
 
     def add_recipe(name, kind, what):
+        """An option for a field of the recipe, whose default depends on what is trained."""
         of = {"scratch": "for the cnn", "head": "with all frozen but the last layer",
               "all": "with --unfreeze"}
         defaults = {of[training]: values.get(name.replace("-", "_"))

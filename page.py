@@ -8,7 +8,6 @@ font: a file of letters that Pillow's own font lacks, such as fonts.py finds.
 """
 
 import math
-import os
 import re
 import unicodedata
 from itertools import accumulate
@@ -393,11 +392,7 @@ def check_picture_name(path, kinds=PICTURES):
         raise ValueError(f"{path} cannot be written: name a file that ends in {listed}")
     if path.is_dir():
         raise ValueError(f"{path} is a folder: name a file in it, {path / f'figure{kinds[0]}'}")
-    there = next((above for above in path.parents if above.exists()), path)
-    if not (there.is_dir() and os.access(there, os.W_OK)):
-        reason = "read-only" if there.is_dir() else "no folder"
-        raise ValueError(f"{path} cannot be written, for {there} is {reason}: name another place "
-                         "with --out")
+    files.check_place(path)
 
 
 def save_picture(image, path):

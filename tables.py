@@ -129,10 +129,7 @@ def check_out(out):
     if base.endswith(("/", os.sep)) or Path(base).is_dir():
         raise ValueError(f"--out {out} is a folder: name the tables in it, for example "
                          f"{Path(out) / 'scores'}")
-    folder = next(path for path in Path(base).absolute().parents if path.exists())
-    if not folder.is_dir() or not os.access(folder, os.W_OK):
-        raise ValueError(f"--out {out} cannot be written, {folder} is no folder that takes files: "
-                         "name another place")
+    files.check_place(base)
     return base
 
 

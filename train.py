@@ -91,8 +91,13 @@ def default_looks(training, size):
     Multiples of a cell's width (8 or 32 px) leave no cell half empty."""
     factors = {"scratch": (2 / 3, 1, 4 / 3), "head": (10 / 7,), "all": (1, 10 / 7)}[training]
     cell = 8 if training == "scratch" else 32
-    return tuple(sorted({size if factor == 1 else max(cell, round(factor * size / cell) * cell)
+    return tuple(sorted({size if factor == 1 else whole_cells(factor * size, cell)
                          for factor in factors}))
+
+
+def whole_cells(side, cell=8):
+    """The multiple of `cell` px, 8 for the cnn's maps, that is nearest to `side`, and not 0."""
+    return max(cell, cell * round(side / cell))
 
 
 # ---------------------------------------------------------------- schedules
@@ -114,10 +119,10 @@ def sides(recipe, epoch):
     if recipe.plain_crop or recipe.training == "head":
         return recipe.crop, recipe.size
     grown = 3 / 4 + (epoch + 1) / recipe.epochs / 3
-    crop = min(recipe.crop, max(8, 8 * round(grown * recipe.crop / 8)))
+    crop = min(recipe.crop, whole_cells(grown * recipe.crop))
     if crop == recipe.crop:
         return crop, recipe.size
-    return crop, max(8, 8 * round(crop * recipe.size / recipe.crop / 8))
+    return crop, whole_cells(crop * recipe.size / recipe.crop)
 
 
 def least_area(epochs):
@@ -131,7 +136,7 @@ def matching_size(crop, epochs):
     A crop of a share s of a photo enlarges by s^(-1/2), on average over s from a to 1 by
     2 / (1 + sqrt(a)) (Touvron et al. 2019).
     """
-    return max(8, 8 * round(crop / 8 * 2 / (1 + least_area(epochs) ** 0.5)))
+    return whole_cells(crop * 2 / (1 + least_area(epochs) ** 0.5))
 
 
 # ---------------------------------------------------------------- precision
