@@ -24,14 +24,12 @@ import hashlib
 import io
 import json
 import math
-import pickle
 import unicodedata
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing, contextmanager
+from contextlib import closing
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -417,89 +415,22 @@ def read_photo(path, side):
 
 
 def decode_all(paths, side):
-    """Yields, in order, `read_photo` of each path, computed on all cores; few wait in memory.
-
-    Small photos keep Python as busy as the decoder, and Python runs one thread at a time: so by
-    processes, where there are more than two cores (on two, threads are as fast), and where
-    processes are forked (Linux), which starts nothing anew; elsewhere by threads.
-    """
-    paths, read = list(paths), partial(read_photo, side=side)
-    cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else 1
-    if cores > 2 and len(paths) > 100:
-        try:
-            yield from forked(read, paths, min(16, cores))
-            return
-        except BlockingIOError:  # no more processes are allowed
-            pass
+    """Yields, in order, `read_photo` of each path, computed on all cores; few wait in memory."""
     with ThreadPoolExecutor(os.cpu_count()) as threads:
         waiting = deque()
         for path in paths:
-            waiting.append(threads.submit(read, path))
+            waiting.append(threads.submit(read_photo, path, side))
             if len(waiting) > 4 * os.cpu_count():
                 yield waiting.popleft().result()
         yield from (future.result() for future in waiting)
-
-
-def forked(function, items, count):
-    """Yields function(item) of each of a list, in order, from `count` forked processes: of every
-    count-th item each. One whose reader is gone, however it ended, ends at its next result.
-
-    Close it (contextlib.closing) where an error may end the loop: its children hold locks, too.
-    Raises MemoryError where a child was ended from outside, which a system does that runs short.
-    """
-    children, pipes = [], []
-    try:
-        for k in range(count):
-            end, start = os.pipe()
-            pipes.append(open(end, "rb"))
-            with open(start, "wb") as pipe, ends_wait():
-                child = os.fork()
-                if not child:
-                    work(function, items[k::count], pipe, pipes)
-                children.append(child)
-        for i, item in enumerate(items):
-            try:
-                yield pickle.load(pipes[i % count])
-            except (EOFError, pickle.UnpicklingError) as error:
-                raise MemoryError(f"{item}: the process that reads it was ended") from error
-    finally:
-        for pipe in pipes:
-            pipe.close()
-        for child in children:
-            os.waitpid(child, 0)
-
-
-@contextmanager
-def ends_wait():
-    """Let Ctrl-C and SIGTERM wait until the block is left: a child must not act as its parent."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-def work(function, items, pipe, ends):
-    """A child's life: function(item) of each item into `pipe`, and nothing after it. ends: of
-    pipes, the parent's, which alone may keep them open."""
-    try:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C: the parent says what is to be said
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT, signal.SIGTERM})
-        for end in ends:
-            end.close()
-        for item in items:
-            pickle.dump(function(item), pipe, protocol=5)
-            pipe.flush()  # what is done is sent, whatever comes next
-    finally:
-        os._exit(0)
 
 
 EMPTY_INDEX = {"key": "", "side": SHORT_SIDE, "skip_bad": False, "pixels": 0, "sizes": [],
                "labels": [], "names": [], "digests": [], "bad": []}
 
 
-def pack(file, paths, names, labels, side=SHORT_SIDE, skip_bad=False, key="", watch=iter):
+def pack(file, paths, names, labels, side=SHORT_SIDE, skip_bad=False, key="", watch=iter,
+         decode_all=decode_all):
     """Decode photos into an open binary file: all pixels, an index in JSON, its length in 8 bytes.
     Returns the index. watch: wraps the loop, to show how far it is. Raises ValueError at a photo
     that cannot be decoded; skip_bad: it is left out, and its path goes to index["bad"]."""
@@ -622,7 +553,8 @@ if __name__ == "__main__":
     try:
         import folders
     except ModuleNotFoundError as error:
-        print(f"data.py: {error.name}.py is missing: the command needs archives.py, files.py and "
-              "folders.py beside data.py; data.load(folder) does without", file=sys.stderr)
+        print(f"data.py: {error.name}.py is missing: the command needs archives.py, "
+              "decoding.py, files.py and folders.py beside data.py; data.load(folder) does "
+              "without", file=sys.stderr)
         sys.exit(2)
     folders.main()

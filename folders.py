@@ -16,6 +16,7 @@ import torch
 
 import archives
 import data
+import decoding
 import files
 
 URL = "https://s3.amazonaws.com/fast-ai-imageclas/imagenette2-160.tgz"
@@ -244,7 +245,7 @@ def decode(folder, split, photos, classes, settings):
     with files.atomic(pixels_path(folder, split)) as file:
         try:
             index = data.pack(
-                file, photos.values(), photos, labels, **settings,
+                file, photos.values(), photos, labels, **settings, decode_all=decoding.decode_all,
                 watch=lambda items: files.progress(items, f"decoding {place}:", len(photos)))
         except ValueError as error:  # of a damaged photo
             raise ValueError(f"{error}, or leave such files out: python data.py {folder} "

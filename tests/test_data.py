@@ -4,7 +4,6 @@ import io
 import json
 import os
 import shutil
-import signal
 import struct
 import subprocess
 import sys
@@ -506,90 +505,10 @@ def test_a_format_that_is_not_read_is_not_called_damage(tmp_path, name):
 def test_few_decoded_photos_wait_in_memory(tmp_path, monkeypatch):
     folder, decode, begun = draw_classes(tmp_path / "ab", a=200, b=2), data.decode, []
     monkeypatch.setattr(os, "cpu_count", lambda: 2)
-    monkeypatch.setattr(sys, "platform", "win32")
     monkeypatch.setattr(data, "decode", lambda *given: begun.append(1) or decode(*given))
     for done, _ in enumerate(data.decode_all([p for p in folder.rglob("*.png")], 256)):
         assert len(begun) <= done + 12
     assert done == 201
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere photos are decoded by threads")
-class TestForked:
-    """Photos that are decoded by processes."""
-
-    def test_they_are_the_same_in_the_same_order(self, tmp_path, monkeypatch):
-        folder = draw_classes(tmp_path / "ab", a=150, b=2)
-        paths = sorted(folder.rglob("*.png"))
-        paths[7].write_bytes(b"damaged")
-        paths.insert(70, folder / "none.png")
-        monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 1, 2})
-        several = list(data.decode_all(paths, 256))
-        monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0})
-        alone = list(data.decode_all(paths, 256))
-        for i, (ours, theirs) in enumerate(zip(several, alone, strict=True)):
-            assert ours[1] == theirs[1]
-            if i in (7, 70):
-                assert str(ours[0]) == str(theirs[0]) and paths[i].name in str(ours[0])
-            else:
-                assert np.array_equal(ours[0], theirs[0])
-
-    def test_they_end_when_nobody_reads_on(self):
-        decoded = data.forked(lambda item: np.zeros(100_000, np.uint8), list(range(100)), 3)
-        next(decoded)
-        decoded.close()
-        with pytest.raises(ChildProcessError):  # none is left, and none is a zombie
-            os.waitpid(-1, os.WNOHANG)
-
-    def test_they_end_when_the_reader_is_killed(self):
-        code = ("import os, data\n"
-                "def one(i): os.write(1, b'%d ' % os.getpid()); return bytes(1_000_000)\n"
-                "decoded = data.forked(one, list(range(100)), 3)\n"
-                "for _ in range(4): next(decoded)\n"
-                "os.kill(os.getpid(), 9)")
-        ended = subprocess.run([sys.executable, "-c", code], cwd=REPO, stdout=subprocess.PIPE,
-                               text=True, timeout=60)  # returns when all have closed stdout
-        assert ended.returncode == -signal.SIGKILL
-        assert len(set(ended.stdout.split())) == 3 and len(ended.stdout.split()) < 100
-
-    @pytest.mark.parametrize("sent", [signal.SIGKILL, signal.SIGTERM])
-    def test_one_that_is_killed_is_want_of_memory_and_named_by_its_photo(self, sent):
-        def one(item):
-            if item == "c.png":
-                os.kill(os.getpid(), sent)
-            return item
-
-        decoded = data.forked(one, ["a.png", "b.png", "c.png", "d.png"], 2)
-        assert [next(decoded), next(decoded)] == ["a.png", "b.png"]
-        with pytest.raises(MemoryError, match="c.png: the process that reads it was ended"):
-            next(decoded)
-
-    def test_they_end_with_an_error_that_somebody_keeps(self, tmp_path, monkeypatch):
-        """A traceback holds on to the loop, and they would hold locks."""
-        folder = draw_classes(tmp_path / "ab", a=150, b=2)
-        paths = sorted(folder.rglob("*.png"))
-        paths[7].write_bytes(b"damaged")
-        monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 1, 2})
-        with pytest.raises(ValueError, match="cannot be read as a photo") as kept:
-            data.pack(io.BytesIO(), paths, map(str, paths), [0] * len(paths))
-        with pytest.raises(ChildProcessError):
-            os.waitpid(-1, os.WNOHANG)
-        assert kept.tb is not None
-
-    def test_where_no_process_may_begin_threads_decode(self, tmp_path, monkeypatch):
-        paths = sorted(draw_classes(tmp_path / "ab", a=150, b=2).rglob("*.png"))
-        monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 1, 2})
-        expected = [digest for _, digest in data.decode_all(paths, 256)]
-        fork, asked = os.fork, []
-
-        def refuse_the_second():
-            asked.append(1)
-            if len(asked) == 2:
-                raise BlockingIOError(11, "Resource temporarily unavailable")
-            return fork()
-
-        monkeypatch.setattr(os, "fork", refuse_the_second)
-        assert [digest for _, digest in data.decode_all(paths, 256)] == expected
-        assert len(asked) == 2
 
 
 @pytest.mark.parametrize("error", [MemoryError("no"), OSError(24, "Too many open files")])
