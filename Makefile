@@ -58,7 +58,7 @@ demo: $(ENV)  ## everything, offline, on photos drawn here: two networks, the fi
 	"$(PYTHON)" train.py cnn $(DEMORUN) --epochs 6
 	"$(PYTHON)" train.py resnet18 $(DEMORUN) --epochs 9 --weights none --unfreeze --lr 0.01 \
 	    --batch-size 32 --crop 96 --size 128 --looks 128,192
-	"$(PYTHON)" score.py $(DEMOED) $(DEMO) --deletion 0 --out "$(FIGURES)/demo-scores" > /dev/null
+	"$(PYTHON)" score.py $(DEMOED) $(DEMO) --out "$(FIGURES)/demo-scores" > /dev/null
 	"$(PYTHON)" cam.py figure $(DEMO) --models $(DEMOED) --out "$(FIGURES)/demo.png" > /dev/null
 	@"$(PYTHON)" tests/reading.py "$(FIGURES)/demo-scores.csv" "$(FIGURES)/demo.png"
 

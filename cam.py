@@ -79,6 +79,15 @@ def explain(network, images):
     network: any that ends in global average pooling and one linear layer, torchvision's or one's
     own; its mode and weights stay as they are. Raises ValueError: it is of another shape.
     """
+    features, head, logits = ask(network, images)
+    maps = class_activation_maps(features, head.weight)
+    check_identity(maps, logits, head.bias)
+    return maps, logits
+
+
+def ask(network, images):
+    """What a network, in evaluation mode, makes of images: its features (N, C, h, w), the linear
+    head on their mean, and its logits (N, K). Raises ValueError: it has no such parts."""
     network = getattr(network, "_orig_mod", network)  # of torch.compile, which leaves hooks out
     refusal = ValueError(f"a {type(network).__name__} has no maps: it needs features (N, C, h, w), "
                          "their mean over places, and a linear head on that")
@@ -112,12 +121,10 @@ def explain(network, images):
     features = found.get(vector.shape[-1]) if head else None
     if features is None or not torch.is_tensor(logits):
         raise refusal
-    if vector.shape == features.shape[:2]:  # F.relu after the last module is seen by no hook
-        features = min(features, features.relu(),
+    if vector.shape == features.shape[:2]:  # F.relu after the last module is seen by no hook:
+        features = min(features, features.relu(),  # the features are what pools to the vector
                        key=lambda seen: (seen.mean((2, 3)) - vector).abs().max())
-    maps = class_activation_maps(features, head.weight)
-    check_identity(maps, logits, head.bias)
-    return maps, logits
+    return features, head, logits
 
 
 # ---------------------------------------------------------------- colour

@@ -126,11 +126,13 @@ def predicted_row(prediction, classes, names, truth):
 
 
 def say_grey(rows, scale):
-    """Say in which rows a strong map leaves most others grey, as they share a scale."""
+    """Say in which rows most maps are grey beside a strong one. scale: as of `page.compose`."""
+    if scale == "photo":
+        return
     for row in rows:
-        weakest = page.FAINT * scale_of(row.maps)
+        weakest = page.FAINT * (scale_of(row.maps) if scale == "row" else scale)
         grey = sum(bool(class_map.abs().max() < weakest) for class_map in row.maps)
-        if scale == "row" and 2 * grey > len(row.maps):
+        if 2 * grey > len(row.maps):
             print(f"{row.label.split(',')[0]}: {grey} of {len(row.maps)} maps stay below "
                   f"{page.FAINT:.0%} of their scale, and are grey: --scale photo gives each its "
                   "own", file=sys.stderr)
@@ -296,10 +298,15 @@ def gallery(options):
             for label, shown in (
                 (f"{networks.describe(facts)}; the map of what it says", predicted),
                 ("the map of what is there", labels))]
-    say_grey(rows, options.scale)
+    scale = options.scale
+    if scale == "row":  # one for both: which of the two classes was stronger, and where?
+        scale = scale_of(torch.cat([row.maps for row in rows]))
+    say_grey(rows, scale)
     legend = "Above: what is there; below: the class of the map, with its probability."
-    picture = page.compose(photos, [names[k] for k in labels], rows, options.columns,
-                           options.scale, legend, options.dpi, options.font)
+    if page.lie_beside(photos, rows, options.columns):
+        legend = "Above each map: its class, with its probability."
+    picture = page.compose(photos, [names[k] for k in labels], rows, options.columns, scale, legend,
+                           options.dpi, options.font)
     finish(picture, options.out, "The most confident mistakes on val, and class activation maps, "
            "in logits", loaded)
 

@@ -69,7 +69,8 @@ def interval_of_mean(mean, variance, n):
     effective = mean * (1 - mean) / max(variance, 1e-300)
     # Where most values are 0 (or 1), few photos carry the mean, and may be alike by chance.
     end = min(mean, 1 - mean)
-    if n / (1 + n * variance / end / end) < 10:
+    carriers = n / (1 + n * variance / end / end)  # (sum of x)^2 / sum of x^2
+    if carriers < 10:
         effective = min(n, effective)
     return wilson_interval(mean, effective)
 
@@ -128,18 +129,18 @@ def difference(a, b):
 # ---------------------------------------------------------------- maps
 
 
-def exact(values):
+def at_least_float32(values):
     """The values in float32, or in float64 if they are."""
     return values.to(torch.promote_types(values.dtype, torch.float32))
 
 
 def finite(maps):
-    """The maps, `exact`. Raises ValueError: the first photo with NaN or infinity in its map."""
+    """The maps, `at_least_float32`. Raises ValueError: a map holds NaN or infinity."""
     bad = (~maps.isfinite().flatten(1).all(1)).nonzero()
     if len(bad):
         raise ValueError(f"the map of photo {int(bad[0])} holds NaN or infinity: "
                          "train this network anew")
-    return exact(maps)
+    return at_least_float32(maps)
 
 
 def upsample(maps, size):
@@ -179,7 +180,7 @@ def average_drop_and_increase(probability_full, probability_masked):
     Both inputs (N,): after softmax, of the class that is likeliest on the full photo. Chattopadhay
     et al. 2018; equal to torch-cam's `ClassificationMetric`.
     """
-    before, after = exact(probability_full), exact(probability_masked)
+    before, after = map(at_least_float32, (probability_full, probability_masked))
     drop = (before - after).relu() / (before + 1e-7)
     return drop, (before < after).to(drop)
 
@@ -205,7 +206,7 @@ def deletion_and_insertion(predict, images, maps, labels, steps=20):
         changed = rank < round(height * width * step / steps)
         pair = torch.where(changed, 0, images), torch.where(changed, images, blurred)
         curves.append(torch.stack([predict(x).gather(1, labels[:, None])[:, 0] for x in pair]))
-    curves = exact(torch.stack(curves))  # (steps + 1, 2, N)
+    curves = at_least_float32(torch.stack(curves))  # (steps + 1, 2, N)
     return torch.trapezoid(curves, dx=1 / steps, dim=0).unbind()
 
 
@@ -331,7 +332,7 @@ def pointing_game(maps, boxes):
     return (top & in_box).sum((1, 2)) / top.sum((1, 2))
 
 
-def focus(maps, boxes, size=SIZE):
+def area_and_share(maps, boxes, size=SIZE):
     """Per photo: the share of its area above half of the map's maximum, and the share of the map's
     positive part in its boxes (energy-based pointing game, Wang et al. 2020). Both are 0 for a map
     that is nowhere positive."""

@@ -128,11 +128,12 @@ def cnn(classes=10, width=192):
 def whiten(network, images, eps=1e-3):
     """Make the first convolution the principal components of patches of `images`, and freeze it.
 
-    images: (N, 3, H, W). Patches of pixels vary mostly in brightness. Their largest principal
-    components, each divided by its standard deviation, are uncorrelated and vary alike, so that the
-    layers above learn from all of them at once (Coates & Ng 2012; Jordan 2024). Half of the filters
-    are the negatives of the others, for ReLU drops one side. A first convolution of another kind
-    (a bias, groups, an odd number of filters, or more than two a component) is left as it is.
+    images: (N, 3, H, W). Pixels of a patch vary together; its largest principal components are
+    uncorrelated, and, each divided by its standard deviation, vary alike (which in `cnn` the batch
+    normalisation behind would see to anyway): what lies above learns from all of them at once
+    (Coates & Ng 2012; Jordan 2024). eps: added to variances, lest noise be blown up. Half of the
+    filters are the negatives of the others, for ReLU drops one side. A first convolution of another
+    kind (a bias, groups, an odd number of filters, or more than two a component) stays as it is.
     """
     conv = next((m for m in network.features.modules() if isinstance(m, nn.Conv2d)), None)
     if (conv is None or conv.bias is not None or conv.weight.shape[1] != images.shape[1]

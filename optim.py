@@ -46,8 +46,8 @@ class Muon(torch.optim.Optimizer):
     al. 2024). What is no bank over many channels (vectors, linear layers, filters of a photo's 3
     channels) takes the plain step, at `plain_lr` times the rate. Only the banks decay: batch
     normalisation cancels their scale, and decay keeps it from growing, which would shrink the
-    effective step. Banks of one shape are a group, and one stack of matrices.
-    (torch.optim.Muon takes 2-D parameters, one by one: 30 times slower on a CPU.)
+    effective step. Banks of one shape are a group, and one stack of matrices (torch.optim.Muon
+    takes matrices alone, one after another).
     """
 
     def __init__(self, network, lr, weight_decay, momentum=0.9, plain_lr=5.0,
@@ -105,10 +105,11 @@ class Muon(torch.optim.Optimizer):
 
 
 class Average:
-    """A copy of a module with a running mean of its weights and statistics, step t counted by t^15.
+    """A copy of a module with a running mean of its weights and statistics.
 
-    Mostly the latest tenth of all steps, whenever that is (Karras et al. 2024). Without it (share =
-    1: the latest weights) an accuracy is 3 to 8 points lower while the rate is high.
+    Step t counts about t^15, so mostly the latest tenth of all steps, whenever that is (Karras et
+    al. 2024). Without it (share = 1: the latest weights) an accuracy is 3 to 8 points lower while
+    the rate is high.
     """
 
     def __init__(self, module, steps=0):

@@ -297,8 +297,9 @@ class Row(NamedTuple):
 
 
 def map_tiles(photos, row, scale):
-    """A `Row`'s maps over its photos. scale: "row", one for all, or "photo", its own for each."""
-    shared, tiles = scale_of(row.maps), []
+    """A `Row`'s maps over its photos. scale: "row", one for all, its end in logits where other rows
+    share it, or "photo", its own for each."""
+    shared, tiles = scale_of(row.maps) if scale == "row" else scale, []
     rights = row.right or [None] * len(photos)
     for photo, class_map, text, right in zip(photos, row.maps, row.captions, rights, strict=True):
         end = scale_of(class_map) if scale == "photo" else shared
@@ -316,8 +317,8 @@ def compose(photos, titles, rows, columns=10, scale="row", legend="", dpi=300, f
     """The figure: N photos under N titles, then each `Row`'s maps over them; a PIL image.
 
     More than `columns` photos go on in further blocks; of one photo, the maps of two or three rows
-    lie beside it. scale: "row", one for all maps of a row, or "photo", each its own, written into
-    its caption.
+    lie beside it. scale: "row", one for all maps of a row; its end, in logits, where all rows share
+    it; or "photo", each its own, written into its caption.
     """
     if isinstance(rows, Row):
         raise ValueError("rows are a list: compose(photos, titles, [row])")

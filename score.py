@@ -154,7 +154,7 @@ def localisation(maps, boxes, n, same=False):
     compared; no interval of theirs holds.
     """
     per_seed = [(metrics.best_iou_per_threshold(of_seed[:1] if same else of_seed, boxes),
-                 metrics.pointing_game(of_seed, boxes), *metrics.focus(of_seed, boxes))
+                 metrics.pointing_game(of_seed, boxes), *metrics.area_and_share(of_seed, boxes))
                 for of_seed in maps]
     ious, pointing, area, share = map(torch.stack, zip(*per_seed, strict=True))  # (S, N, ...)
     best = float(metrics.max_box_acc_v2(ious[:, :n]).mean())
@@ -311,8 +311,8 @@ def parse_arguments(arguments):
         help="folder or archive of photos in class folders")
     add("--boxes", type=files.path,
         help="folder of localization.txt and image_sizes.txt; by default the data's own")
-    add("--deletion", type=files.between(0), default=100,
-        help="photos for deletion and insertion, the slow scores")
+    add("--deletion", type=files.between(0), default=0,
+        help="photos for deletion and insertion, which are slow: 42 passes a map")
     add("--out", default="figures/scores", help="where tables and pictures go, without suffix")
     add("--device", default="auto", help="cpu, cuda, mps or auto")
     networks.add_looks_option(parser)

@@ -433,7 +433,8 @@ def test_a_class_without_a_val_photo_is_left_out_and_said(call, demo, one, tmp_p
 def test_gallery_shows_the_most_confident_mistakes_first(call, demo, one, seen):
     what = ["gallery", "--model", one, "--data", demo, "--count", 5, "--dpi", 40]
     assert call(*what).returncode == 0
-    ((photos, titles, (said, there), *_),) = seen
+    ((photos, titles, (said, there), _, scale, *_),) = seen
+    assert scale == cam.scale_of(torch.cat([said.maps, there.maps]))  # strong and weak are seen
     (network, facts), val = models.load(one), folders.load(demo, "val")
     with torch.no_grad():
         batches = data.eval_batches(val, facts["size"], 8)
@@ -447,6 +448,13 @@ def test_gallery_shows_the_most_confident_mistakes_first(call, demo, one, seen):
     captions = [f"{CLASSES[guess[i]]} {float(confidence[i]):.0%}" for i in wrong]
     assert said.captions == captions and not any(said.right) and all(there.right)
     assert all(c.startswith(title) for c, title in zip(there.captions, titles, strict=True))
+
+
+def test_the_legend_of_one_mistake_says_where_its_words_are(call, demo, one, seen):
+    for count, words in ((1, "Above each map: its class"), (2, "below: the class of the map")):
+        assert call("gallery", "--model", one, "--data", demo, "--count", count,
+                    "--dpi", 40).returncode == 0
+        assert words in seen[-1][5]
 
 
 def test_classes_are_compared_by_name(call, demo, one, tmp_path, seen):

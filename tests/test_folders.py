@@ -39,7 +39,11 @@ def test_loads_what_imagefolder_loads(demo, split):
 
 
 def test_demo_photos_keep_their_aspect(demo):
-    photos = folders.load(demo, "val")
+    photos, lines = folders.load(demo, "val"), (demo / "image_sizes.txt").read_text().splitlines()
+    sizes = {Path(name).name: (int(height), int(width))
+             for name, width, height in (line.split(",") for line in lines)}
+    kept = list(zip(photos.height.tolist(), photos.width.tolist(), strict=True))
+    assert kept == [sizes[Path(name).name] for name in photos.names]
     assert (photos.height != photos.width).any()
     assert photos.pixels.shape == (int((photos.height * photos.width).sum()), 3)
     assert photos.pixels.dtype == torch.uint8

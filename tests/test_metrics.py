@@ -280,7 +280,7 @@ def test_a_map_that_is_not_finite_is_refused_by_number(bad):
         lambda: metrics.min_max(maps),
         lambda: metrics.best_iou_per_threshold(maps, boxes),
         lambda: metrics.pointing_game(maps, boxes),
-        lambda: metrics.focus(maps, boxes),
+        lambda: metrics.area_and_share(maps, boxes),
         lambda: metrics.masked(images, maps),
         lambda: metrics.deletion_and_insertion(lambda x: x.mean((2, 3)), images, maps, labels),
     ):
@@ -524,7 +524,7 @@ def test_a_map_equal_to_the_box_scores_one():
     assert table.shape == (3, 100) and table.eq(1).all()
     assert metrics.max_box_acc_v2(table) == 1
     assert metrics.pointing_game(maps, boxes).eq(1).all()
-    area, share = metrics.focus(maps, boxes, size=16)
+    area, share = metrics.area_and_share(maps, boxes, size=16)
     assert area.tolist() == [20 / 64, 1, 1 / 64] and share.eq(1).all()
 
 
@@ -533,10 +533,10 @@ def test_ones_and_zeros():
     ones, zeros = torch.ones(2, 8, 8), torch.zeros(2, 8, 8)
     assert iou_table(ones, boxes).T.unique(dim=0).tolist() == [[0.5, 0.75]]  # a box around all
     assert metrics.pointing_game(ones, boxes).tolist() == [0.5, 0.75]  # a blind guess
-    assert [v.tolist() for v in metrics.focus(ones, boxes)] == [[1, 1], [0.5, 0.75]]
+    assert [v.tolist() for v in metrics.area_and_share(ones, boxes)] == [[1, 1], [0.5, 0.75]]
     assert iou_table(zeros, boxes).eq(0).all()
-    assert [v.tolist() for v in metrics.focus(zeros, boxes)] == [[0, 0], [0, 0]]
-    assert [v.tolist() for v in metrics.focus(zeros - 1, boxes)] == [[0, 0], [0, 0]]
+    assert [v.tolist() for v in metrics.area_and_share(zeros, boxes)] == [[0, 0], [0, 0]]
+    assert [v.tolist() for v in metrics.area_and_share(zeros - 1, boxes)] == [[0, 0], [0, 0]]
 
 
 def test_two_components_and_several_boxes():
@@ -545,7 +545,7 @@ def test_two_components_and_several_boxes():
     for boxes in ([left], [right], [left, right], [(0, 6, 1, 7), right]):
         assert iou_table(maps, [box(*boxes)]).eq(1).all()
         expected = 1 if boxes == [left, right] else 0.5
-        assert metrics.focus(maps, [box(*boxes)], size=8)[1] == expected
+        assert metrics.area_and_share(maps, [box(*boxes)], size=8)[1] == expected
     whole = iou_table(maps, [box((0, 0, 8, 8))])
     assert whole.unique().item() == pytest.approx(9 / 64)  # two boxes, not one
     assert metrics.pointing_game(maps, [box(left)]) == 0.5  # of two equal maxima one lies inside
@@ -560,7 +560,7 @@ def test_a_box_outside_the_frame():
     assert iou_table(maps, [outside]).eq(0).all() and iou_table(maps, [across]).eq(0.5).all()
     for boxes, expected in ((outside, 0), (across, 1)):
         assert metrics.pointing_game(maps, [boxes]) == expected
-        assert metrics.focus(maps, [boxes], size=8)[1] == expected
+        assert metrics.area_and_share(maps, [boxes], size=8)[1] == expected
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
@@ -575,7 +575,7 @@ def test_scores_are_computed_in_float32_or_more(dtype):
     def scores(given):
         yield iou_table(maps.to(given), boxes, size=64)
         yield metrics.pointing_game(maps.to(given), boxes)
-        yield from metrics.focus(maps.to(given), boxes, size=64)
+        yield from metrics.area_and_share(maps.to(given), boxes, size=64)
         yield metrics.min_max(maps.to(given))
         yield from metrics.average_drop_and_increase(*confidence.to(given))
         yield from metrics.deletion_and_insertion(
@@ -589,23 +589,23 @@ def test_scores_are_computed_in_float32_or_more(dtype):
 
 def test_scores_of_what_has_a_gradient():
     maps, boxes = noise(7, 4, 5, 7).requires_grad_(), [box((0, 0, 5, 6))] * 4
-    metrics.focus(maps, boxes)[1].sum().backward()
+    metrics.area_and_share(maps, boxes)[1].sum().backward()
     assert maps.grad.isfinite().all() and maps.grad.any()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        estimate = metrics.mean_interval(metrics.focus(maps, boxes)[1])
+        estimate = metrics.mean_interval(metrics.area_and_share(maps, boxes)[1])
         metrics.cross_fitted_interval(metrics.best_iou_per_threshold(maps, boxes))
     assert not estimate.per_photo.requires_grad
 
 
 def test_boxes_come_to_the_device_of_the_maps(monkeypatch):
     """Fake tensors know their device, and refuse to meet those of another one."""
-    monkeypatch.setattr(metrics, "finite", metrics.exact)  # it asks for numbers: they have none
+    monkeypatch.setattr(metrics, "finite", metrics.at_least_float32)  # it asks for numbers
     boxes = [box((0, 0, 5, 6)), box((0, 0, 8, 6), (1, 1, 2, 2))]
     with FakeTensorMode(allow_non_fake_inputs=True):
         maps, images = torch.empty(2, 5, 7, device="cuda"), torch.empty(2, 3, 16, 16, device="cuda")
         labels = torch.zeros(2, dtype=torch.int64, device="cuda")
-        found = [metrics.pointing_game(maps, boxes), *metrics.focus(maps, boxes),
+        found = [metrics.pointing_game(maps, boxes), *metrics.area_and_share(maps, boxes),
                  metrics.masked(images, maps), metrics.cross_fitted(maps),
                  *metrics.deletion_and_insertion(lambda x: x.mean((2, 3)), images, maps, labels)]
         assert {tensor.device.type for tensor in found} == {"cuda"}
@@ -619,7 +619,8 @@ def test_one_map_for_all_photos():
 
 def test_a_photo_without_a_box_is_refused():
     boxes = [box((0, 0, 4, 4)), torch.zeros(0, 4)]
-    for call in (metrics.best_iou_per_threshold, metrics.pointing_game, metrics.focus):
+    for call in (metrics.best_iou_per_threshold, metrics.pointing_game,
+                 metrics.area_and_share):
         with pytest.raises(ValueError, match="photo 1 has no box"):
             call(torch.ones(2, 8, 8), boxes)
     with pytest.raises(ValueError):
@@ -645,8 +646,9 @@ def test_scores_do_not_depend_on_scale_offset_or_mirroring(seed, scale, offset):
     other_table = iou_table(maps.flip(2) * scale + offset, list(mirrored), size=24)
     torch.testing.assert_close(table, other_table)
     assert (0 <= table).all() and (table < 1.000001).all()
-    for one, other in zip(metrics.focus(maps, list(corners), 24),
-                          metrics.focus(maps.flip(2) * scale, list(mirrored), 24), strict=True):
+    for one, other in zip(metrics.area_and_share(maps, list(corners), 24),
+                          metrics.area_and_share(maps.flip(2) * scale, list(mirrored), 24),
+                          strict=True):
         torch.testing.assert_close(one, other)
 
 
@@ -696,10 +698,10 @@ def test_focus_by_hand():
     maps = torch.full((1, 8, 8), -4.0)
     maps[:, :2, :4] = 10.0  # an eighth of the area
     maps[:, 4:, 4:] = 4.0  # a quarter, below half of the maximum
-    area, share = metrics.focus(maps, [box((0, 0, 8, 2))], size=8)
+    area, share = metrics.area_and_share(maps, [box((0, 0, 8, 2))], size=8)
     assert area.item() == 1 / 8 and share.item() == pytest.approx(80 / 144)
     overlapping = [box((0, 0, 8, 2), (0, 0, 4, 4))]  # counted once
-    assert metrics.focus(maps, overlapping, size=8)[1] == share
+    assert metrics.area_and_share(maps, overlapping, size=8)[1] == share
 
 
 # ---------------------------------------------------------------- the file

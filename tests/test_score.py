@@ -313,7 +313,7 @@ def test_tables_in_the_home_folder(command, paths, demo, tmp_path, monkeypatch):
 def test_maps_and_scores_stay_on_the_device(monkeypatch):
     """Fake tensors know their device, and refuse to meet those of another one."""
     monkeypatch.setattr(cam, "check_identity", lambda *_: None)  # these ask for numbers
-    monkeypatch.setattr(metrics, "finite", metrics.exact)
+    monkeypatch.setattr(metrics, "finite", metrics.at_least_float32)
     monkeypatch.setattr(score, "mean_interval", lambda values: values)
     photos = data.from_arrays([torch.zeros(32, 32, 3, dtype=torch.uint8)] * 6)
     facts = {"arch": "cnn", "classes": list("ab"), "looks": [32], "size": 32, "width": 8}
