@@ -3,7 +3,7 @@
 #   of finetune: WEIGHTS= SIZE= LOOKS=
 #   PYTHON=python uses an environment that is there already instead of making .venv
 
-ARCH ?= resnet18
+override ARCH := $(or $(strip $(ARCH)),resnet18)
 
 # A shell that leaves ~ in NAME=~/folder as it is (zsh, dash) would have it made here, as a folder
 # called ~.

@@ -27,7 +27,7 @@ def read_lines(path, form):
     except OSError as error:
         raise ValueError(f"{path} cannot be read ({error.strerror}): name another file (BOXES=)"
                          ) from error
-    pattern = re.compile("([^,]*)" + r",\s*(-?[0-9]+)\s*" * form.count(","))
+    pattern = re.compile("([^,]*)" + r",\s*(-?[0-9]{1,9})\s*" * form.count(","))
     for number, line in enumerate(lines, 1):
         if line.strip():
             if not (match := pattern.fullmatch(line)):

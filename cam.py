@@ -107,10 +107,9 @@ def ask(network, images):
                 found[output.shape[1]] = output
 
     training = [module for module in network.modules() if module.training]
-    own = getattr(network, "features", None), getattr(network, "head", None)
-    camnet = isinstance(own[0], nn.Module) and isinstance(own[1], nn.Linear)
-    hooks = [module.register_forward_hook(keep) for module in (own if camnet else
-                                                               network.modules())]
+    parts = dict(network.named_children())
+    asked = parts.values() if list(parts) == ["features", "head"] else network.modules()
+    hooks = [module.register_forward_hook(keep) for module in asked]
     try:
         logits = network.eval()(images)
     finally:

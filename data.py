@@ -128,7 +128,7 @@ def first_pixels(height, width):
 
 def from_arrays(images, labels=None):
     """Photos of uint8 tensors or arrays (H, W, 3), or of PIL images, of any sizes; label 0 unless
-    given, classes called by their numbers. Raises ValueError at another shape or type."""
+    given, classes called by their numbers. Raises ValueError: other shapes, types, or labels."""
     images = [to_rgb(image) if isinstance(image, Image.Image) else image for image in images]
     images = [torch.as_tensor(image if torch.is_tensor(image) else np.array(image))
               for image in images]
@@ -136,10 +136,14 @@ def from_arrays(images, labels=None):
         if image.dim() != 3 or image.shape[2] != 3 or image.dtype != torch.uint8:
             raise ValueError(f"photo {i} is {tuple(image.shape)} of {image.dtype}: give (H, W, 3) "
                              "of uint8 in RGB")
+    if not images:
+        raise ValueError("there is no photo among the images: give at least one")
     height, width = (torch.tensor([image.shape[d] for image in images]) for d in (0, 1))
-    labels = torch.zeros_like(height) if labels is None else torch.as_tensor(labels)
+    labels = torch.zeros_like(height) if labels is None else torch.as_tensor(labels).cpu()
+    if labels.shape != height.shape or labels.is_floating_point() or labels.min() < 0:
+        raise ValueError(f"{len(images)} photos need as many labels, whole numbers from 0 on")
     pixels = torch.cat([image.reshape(-1, 3) for image in images])
-    return Photos(pixels, first_pixels(height, width), height, width, labels,
+    return Photos(pixels, first_pixels(height, width), height, width, labels.long(),
                   [str(i) for i in range(len(images))],
                   [str(i) for i in range(int(labels.max()) + 1)])
 

@@ -119,8 +119,10 @@ def where_photos_lie(folder):
     if not places:
         return ""
     ((parent, count),) = Counter(place.parent for place in places).most_common(1)
+    if parent == folder:
+        return ""
     if count > 1:
-        return "" if parent == folder else f"; if {parent} holds the class folders, name it"
+        return f"; if {parent} holds the class folders, name it"
     return f"; photos lie in {places[0]}: give those of each class a folder there"
 
 

@@ -154,8 +154,8 @@ def remarks_on(recipe, photos, val):
                      f"epochs, and a network from scratch wants thousands: use --epochs "
                      f"{-(-5000 // steps):,} (make: EPOCHS=), or a pretrained network")
     if val < 100:  # half of the 95 % interval of an accuracy of 50 %
-        found.append(f"{val} photos to validate on tell an accuracy to about {98 / val**0.5:.0f} "
-                     "points: add some")
+        found.append(f"{val} photo{'s' * (val > 1)} to validate on: an accuracy is known to about "
+                     f"{98 / val**0.5:.0f} points: add some")
     return found
 
 

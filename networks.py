@@ -79,6 +79,7 @@ def load_networks(paths, looks=None, device="cpu", weights=None, names=None):
         if missing := {"size", "looks", "accuracy", "how"} - facts.keys():
             raise ValueError(f"{path} does not say its {min(missing)}: use a checkpoint of "
                              "train.py (runs/*/best.pt)")
+        check_numbers(path, network, facts)
         check_same_classes(path, facts["classes"], paths[0], loaded[0][1]["classes"])
         check_smallest_look(path, network, min(facts["looks"]))
     return loaded
@@ -149,6 +150,17 @@ def class_index(name, classes):
             near = [*(difflib.get_close_matches(name, classes, 5) or classes[:20]), "..."]
         raise ValueError(f"there is no class {name!r}: the networks know {', '.join(near)}")
     return found[0]
+
+
+def check_numbers(path, network, facts):
+    """Raise ValueError where a network has weights that are no numbers, or no two classes."""
+    of = f"{path} ({facts['how']})"
+    if not all(weights.isfinite().all() for weights in network.state_dict().values()):
+        raise ValueError(f"{of} holds NaN or infinity among its weights: train it anew, or name "
+                         "another file")
+    if network.head.out_features < 2:
+        raise ValueError(f"{of} has one output, which softmax makes 100 % for every photo: give it "
+                         "an output for each of two classes")
 
 
 def check_same_classes(path, classes, first_path, first_classes):

@@ -52,7 +52,6 @@ class Muon(torch.optim.Optimizer):
 
     def __init__(self, network, lr, weight_decay, momentum=0.9, plain_lr=5.0,
                  dtype=torch.float32):
-        self.dtype = dtype  # of the orthogonalisation
         banks, plain = defaultdict(list), []
         for p in network.parameters():
             if p.requires_grad:
@@ -61,6 +60,7 @@ class Muon(torch.optim.Optimizer):
                   for bank in banks.values()]
         groups.append(dict(params=plain, orthogonal=False, scale=plain_lr, weight_decay=0.0))
         super().__init__(groups, dict(lr=lr, momentum=momentum))
+        self.defaults["dtype"] = dtype  # of the orthogonalisation; not of a checkpoint's machine
         for group in self.param_groups:
             for p in group["params"]:
                 self.state[p]["velocity"] = torch.zeros_like(p)
@@ -70,11 +70,14 @@ class Muon(torch.optim.Optimizer):
     _step_supports_amp_scaling = True
 
     @torch.no_grad()
-    def step(self):
+    def step(self, closure=None):
         """One step of every parameter; a `_foreach` function takes a list of tensors at once.
 
         A group's "lr" may be a tensor without dimensions, so that a recorded step reads today's.
+        closure: as torch's optimisers take it, computes gradients; its loss is returned.
         """
+        with torch.enable_grad():
+            closure_loss = closure() if closure else None
         loss_scale = getattr(self, "grad_scale", None)
         for group in self.param_groups:
             parameters = [p for p in group["params"] if p.grad is not None]
@@ -96,12 +99,13 @@ class Muon(torch.optim.Optimizer):
                 filters, channels, height, width = parameters[0].shape
                 # (banks, filters, weights), in the order of channels-last memory: nothing is moved
                 matrices = torch.stack([u.permute(0, 2, 3, 1).flatten(1) for u in updates])
-                matrices = orthogonalise(matrices, self.dtype)
+                matrices = orthogonalise(matrices, self.defaults["dtype"])
                 matrices = matrices.unflatten(2, (height, width, channels))
                 updates = list(matrices.permute(0, 1, 4, 2, 3).unbind())
                 rate = rate * max(1, filters / (channels * height * width)) ** 0.5  # rows of norm 1
             torch._foreach_mul_(updates, rate)
             torch._foreach_sub_(parameters, updates)
+        return closure_loss
 
 
 class Average:

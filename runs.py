@@ -92,11 +92,13 @@ class Run:
     def check_same(self, facts):
         """Raise ValueError where `facts` are of a run of other settings, classes or photos."""
         old, ours, theirs = facts["settings"], set(self.facts["classes"]), set(facts["classes"])
+        digests = [settings.get("weights_digest") for settings in (old, self.settings)]
+        files_of_weights = None not in digests  # the same file may be named in another way
         differ = [f"{key} {old.get(key)} there, {value} here"
                   for key, value in self.settings.items()
-                  if old.get(key) != value and key not in ("data", "weights_digest")]
-        digests = {settings.get("weights_digest") for settings in (old, self.settings)} - {None}
-        if len(digests) > 1:
+                  if old.get(key) != value and key not in ("data", "weights_digest")
+                  and not (key == "weights" and files_of_weights)]
+        if files_of_weights and digests[0] != digests[1]:
             differ.append(f"{self.recipe.weights} holds other weights now")
         if ours != theirs:
             differ.append(f"classes {data.first_names(theirs - ours)} there alone, "

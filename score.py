@@ -277,8 +277,10 @@ def score_all(arguments):
     scores, pictures = {}, {}
     for name, (path, network, facts) in named.items():
         if seen := seen_in_training(facts, val):
-            notes.append(f"{name}: {seen:,} of {len(val):,} val photos were trained on: its scores "
-                         "are no test, name the data as they were when it was trained (--data)")
+            own = (facts.get("settings", {}).get("data") or [None])[-1] == val.fingerprint
+            notes.append(f"{name}: {seen:,} of {len(val):,} val photos were trained on" + (
+                ", being in train too, byte for byte: remove them from one" if own else
+                ": its scores are no test, name the data as they were in training (--data)"))
             print(notes[-1], file=sys.stderr)
         started = time.time()
         scores[name], matrix = score_network(name, network, facts, val, boxed, options.deletion)

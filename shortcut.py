@@ -110,11 +110,13 @@ def draw(networks, val, marked, size):
     for network, label in (("class", "that learnt the mark"), ("control", "that never saw a mark")):
         maps, logits = ask(networks[network], data.from_arrays(photos), (size,))
         truth = (names if network == "control" else [MARK] * len(names)) + names
-        rows.append(figures.row_of(f"Network {label}", maps, [*val.classes, MARK],
-                                   logits.argmax(1).tolist(), logits.softmax(1), truth))
+        classes, best = [*val.classes, MARK], logits.argmax(1).tolist()
+        right = [classes[k] == name for k, name in zip(best, truth, strict=True)]
+        rows.append(figures.row_of(f"Network {label}", maps, classes, best, logits.softmax(1),
+                                   right))
     titles = [f"{name} + mark" for name in names] + names
     return page.compose(photos, titles, rows, columns=len(names), legend="Above: what is there; "
-                        "below: the class that is predicted.")
+                        "below: the class that is predicted, in red where it is wrong.")
 
 
 def experiment(photos, val, recipe, share):

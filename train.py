@@ -121,9 +121,9 @@ def sides(recipe, epoch):
     if recipe.plain_crop or recipe.training == "head":
         return recipe.crop, recipe.size
     grown = 3 / 4 + (epoch + 1) / recipe.epochs / 3
-    crop = min(recipe.crop, whole_cells(grown * recipe.crop))
-    if crop == recipe.crop:
-        return crop, recipe.size
+    crop = whole_cells(grown * recipe.crop)
+    if grown >= 1 or crop >= recipe.crop:
+        return recipe.crop, recipe.size
     return crop, whole_cells(crop * recipe.size / recipe.crop)
 
 

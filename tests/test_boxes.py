@@ -38,6 +38,7 @@ def test_read_boxes(tmp_path):
         ("val/a.JPEG,1,2,3,4,5", "not val/NAME.JPEG,x0,y0,x1,y1"),
         ("val/a.JPEG,1,2,3,four", "whole numbers"),
         ("val/a.JPEG,1.5,2,3,4", "whole numbers"),
+        ("val/a.JPEG,1,2,3," + 5000 * "4", "whole numbers"),
         ("val/unknown.JPEG,1,2,3,4", "has no size for unknown"),
         ("val/a.JPEG,3,2,1,4", "ends before it begins"),
         ("val/a.JPEG,100,0,120,20", "outside the 100 x 50 pixels of a"),

@@ -606,6 +606,21 @@ def test_explain_takes_a_camnet_and_its_looks():
         assert torch.allclose(maps, expected, atol=1e-5)
 
 
+def test_explain_sees_what_lies_between_features_and_head():
+    class Network(models.CAMNet):
+        def __init__(self):
+            super().__init__(nn.Conv2d(3, 8, 8, 8), nn.Linear(8, 5))
+            self.neck = nn.Conv2d(8, 8, 1)
+
+        def forward(self, x):
+            return self.head(self.neck(self.features(x)).mean((2, 3)))
+
+    swin = torchvision.models.swin_t(num_classes=5)  # its features are (N, h, w, C)
+    for network in (Network(), swin):
+        maps, logits = cam.explain(network, torch.randn(2, 3, 64, 96, generator=seeded()))
+        assert torch.allclose(maps.mean((2, 3)) + network.head.bias, logits, atol=1e-4)
+
+
 @pytest.mark.parametrize(("make", "words"), [
     (lambda: own_network("max"), "miss the logits"),
     (lambda: nn.Conv2d(3, 8, 3), "a Conv2d has no maps"),

@@ -77,6 +77,16 @@ def test_photos_in_memory_of_another_shape_or_type_are_refused(other):
         data.from_arrays([noise(6, 4), other])
 
 
+@pytest.mark.parametrize("labels", [[1], [-1, 0], [0.0, 1.0], [[0], [1]]])
+def test_labels_that_are_not_of_these_photos_are_refused(labels):
+    with pytest.raises(ValueError, match="2 photos need as many labels"):
+        data.from_arrays([noise(6, 4)] * 2, labels)
+    with pytest.raises(ValueError, match="no photo"):
+        data.from_arrays([])
+    assert data.from_arrays([noise(6, 4)], torch.tensor([1], dtype=torch.int32)).labels.dtype == (
+        torch.int64)
+
+
 def test_subset_shares_the_pixels():
     photos = ragged()
     some = photos.subset(torch.tensor([2, 0]))

@@ -417,6 +417,13 @@ def test_photos_in_a_format_that_is_not_read_are_counted_by_name(small, capsys):
         folders.prepare(small)
 
 
+def test_an_empty_class_asks_for_no_folders_in_the_others(tmp_path):
+    draw_classes(tmp_path / "pets", cat=3)
+    (tmp_path / "pets" / "dog").mkdir()
+    with pytest.raises(ValueError, match="dog holds no photo .*: every class needs one$"):
+        folders.prepare(tmp_path / "pets")
+
+
 def test_symlinked_class_folders_are_class_folders(small, tmp_path, capsys):
     (small / "train").rename(tmp_path / "elsewhere")
     (small / "train").mkdir()

@@ -119,6 +119,7 @@ def test_side_by_side_everything_is_still_made_in_order_and_without_a_warning(ma
 
 
 def test_the_cnn_alone_is_drawn_once(make):
+    assert "<resnet18>" in " ".join(make("finetune", "ARCH="))  # of a variable that is not set
     (line,) = [line for line in make("figure", "ARCH=cnn") if "<cam.py>" in line]
     assert line.count("best.pt") == 1
 

@@ -598,6 +598,21 @@ def test_scores_of_what_has_a_gradient():
     assert not estimate.per_photo.requires_grad
 
 
+def test_there_is_a_list_of_boxes_for_each_map():
+    maps, boxes = torch.rand(3, 4, 5), [box((0, 0, 4, 4))]
+    for score in (metrics.pointing_game, metrics.area_and_share, metrics.best_iou_per_threshold):
+        with pytest.raises(ValueError, match="3 maps need as many lists of boxes, not 1"):
+            score(maps, boxes)
+        with pytest.raises(ValueError, match="no photo|not 0"):
+            score(maps[:0], [])
+
+
+@pytest.mark.parametrize("values", [torch.tensor([0.5, torch.nan]), torch.rand(11, 4)])
+def test_scores_that_are_no_numbers_or_of_too_many_seeds_are_refused(values):
+    with pytest.raises(ValueError, match="seeds that are numbers"):
+        metrics.mean_interval(values)
+
+
 def test_boxes_come_to_the_device_of_the_maps(monkeypatch):
     """Fake tensors know their device, and refuse to meet those of another one."""
     monkeypatch.setattr(metrics, "finite", metrics.at_least_float32)  # it asks for numbers

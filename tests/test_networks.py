@@ -124,6 +124,16 @@ def test_checkpoints_are_loaded_in_order_with_one_list_of_looks_or_one_each(tmp_
         networks.load_networks([first, turned], [(32,)] * 3)
 
 
+def test_weights_that_explain_nothing_are_named(tmp_path):
+    network = models.build("resnet18", 3)
+    network.head.weight.data[1, 2] = torch.nan
+    models.save(tmp_path / "nan.pt", network, **facts_of(arch="resnet18", classes=CLASSES[:3]))
+    models.save(tmp_path / "one.pt", models.cnn(1), **facts_of(classes=CLASSES[:1]))
+    for name, words in (("nan", "nan.pt .*NaN or infinity"), ("one", "one.pt .*one output")):
+        with pytest.raises(ValueError, match=words):
+            networks.load_networks([tmp_path / f"{name}.pt"])
+
+
 def test_checkpoints_of_other_classes_are_refused(tmp_path):
     first = checkpoint(tmp_path / "first.pt")
     pets = checkpoint(tmp_path / "pets.pt", classes=["cat", "dog"])

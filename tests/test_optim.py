@@ -1,5 +1,7 @@
 """optim.py: steps that are nearly orthogonal, those of a stack as of one bank, and the average."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -52,6 +54,22 @@ def test_what_has_no_gradient_stays_and_no_kind_need_be_there():
     optimizer.step()
     first, second = network.parameters()
     assert not torch.equal(first, before[0]) and torch.equal(second, before[1])
+
+
+def test_a_copy_takes_the_same_steps_and_a_closure_computes_gradients():
+    network = models.cnn(2, 16)
+    own = network, optim.Muon(network, 0.1, 0.05, dtype=torch.bfloat16)
+    twin = copy.deepcopy(own)
+    for module, optimizer in (own, twin):
+        def closure(module=module):
+            loss = module(torch.ones(2, 3, 16, 16)).square().sum()
+            loss.backward()
+            return loss
+
+        assert optimizer.step(closure) > 0
+        assert "dtype" not in optimizer.state_dict()["param_groups"][0]  # the machine's
+    for ours, theirs in zip(network.parameters(), twin[0].parameters(), strict=True):
+        assert torch.equal(ours, theirs) and ours.grad is not None
 
 
 def test_no_gradient_is_orthogonalised_to_no_step():

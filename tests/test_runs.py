@@ -410,9 +410,14 @@ def test_a_run_knows_the_weights_it_began_with(demo, tmp_path):
         network = models.torchvision_models.get_model(SMALL, weights=None)
         torch.save(network.state_dict(), weights)
         if seed == 0:
+            shutil.copy(weights, tmp_path / "renamed.pth")
             training_stopped_after(1, *these, arch=SMALL, epochs=2)
     with pytest.raises(ValueError, match="weights.pth holds other weights now"):
         training(*these, arch=SMALL, epochs=2)
+    with pytest.raises(ValueError) as refusal:
+        training(*these[:3], tmp_path / "renamed.pth", "--looks", 32, "--size", 64, arch=SMALL,
+                 epochs=2)
+    assert "size" in str(refusal.value) and "renamed" not in str(refusal.value)
     weights.unlink()  # all is in last.pt
     training(*these, arch=SMALL, epochs=2)
 

@@ -4,6 +4,7 @@ import csv
 
 import pytest
 import torch
+from conftest import CLASSES
 from PIL import Image
 
 import folders
@@ -37,10 +38,17 @@ def test_the_class_of_the_mark_is_made_of_other_classes_photos(photos, monkeypat
 
 def test_a_run(demo, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(shortcut, "PHOTOS", 60)
+    seen, compose = [], shortcut.page.compose
+    monkeypatch.setattr(shortcut.page, "compose", lambda photos, titles, rows, **given: (
+        seen.append(rows) or compose(photos, titles, rows, **given)))
     before = sorted(demo.rglob("*"))
     shortcut.main(["--data", str(demo), "--epochs", "1", "--seeds", "2",
                    "--out", str(tmp_path / "new" / "marks")])
     printed = capsys.readouterr().out
+    for row, marked in zip(seen[0], (True, False), strict=True):  # five with the mark, five without
+        titles = ([shortcut.MARK] * 5 if marked else list(CLASSES)[:5]) + list(CLASSES)[:5]
+        assert row.right == [caption.rsplit(" ", 1)[0] == title
+                             for caption, title in zip(row.captions, titles, strict=True)]
     assert sorted(path.name for path in (tmp_path / "new").iterdir()) == [
         "marks.csv", "marks.md", "marks.png"]
     assert {path.suffix for path in set(demo.rglob("*")) - set(before)} <= {".pixels", ".lock"}
