@@ -85,8 +85,7 @@ def mean_interval(values, variance=0.0):
         raise ValueError("there is no photo to score: score at least one")
     table = values.detach().cpu().double().clamp(0, 1).reshape(-1, values.shape[-1])  # (S, N)
     if table.isnan().any() or len(table) > max(T):
-        raise ValueError(f"scores of {len(table)} seeds that are numbers are needed, of "
-                         f"{max(T)} at most")
+        raise ValueError(f"a score is NaN, or there are more than {max(T)} seeds: leave some out")
     seeds, n = table.shape
     per_photo = table.mean(0)
     variance = max(variance, float(per_photo.var(correction=0)) / n)

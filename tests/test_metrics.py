@@ -609,7 +609,7 @@ def test_there_is_a_list_of_boxes_for_each_map():
 
 @pytest.mark.parametrize("values", [torch.tensor([0.5, torch.nan]), torch.rand(11, 4)])
 def test_scores_that_are_no_numbers_or_of_too_many_seeds_are_refused(values):
-    with pytest.raises(ValueError, match="seeds that are numbers"):
+    with pytest.raises(ValueError, match="a score is NaN, or .* 10 seeds"):
         metrics.mean_interval(values)
 
 
