@@ -610,7 +610,7 @@ def test_checkpoint_whose_numbers_are_not_finite_is_refused(call, demo, one, tmp
     nn.init.constant_(network.head.bias, float("nan"))
     models.save(tmp_path / "nan.pt", network, **{k: v for k, v in facts.items() if k != "format"})
     photo = next((demo / "val").glob("*/*.JPEG"))
-    assert refused(call("explain", photo, "--model", "nan.pt"), "not finite")
+    assert refused(call("explain", photo, "--model", "nan.pt"), "nan.pt", "NaN or infinity")
 
 
 @pytest.mark.parametrize("command", ["figure", "explain", "gallery"])
