@@ -403,7 +403,7 @@ def training(rows, command, precision):
                                   ("epoch_usual", dict(tuned=True)))
     speeds, dtype = values(ours, "images_per_second"), type_name(precision)
     for way, theirs in (("plain", usual), ("tuned", tuned)):
-        add(rows, f"an epoch of the CNN, {CROP} px; the usual way {way}", "images/s", speeds,
+        add(rows, f"an epoch of the CNN, {CROP} px; that way {way}", "images/s", speeds,
             values(theirs, "images_per_second"))
     names = dict(batch="making its batch", optimiser="optimiser", average="averaged weights")
     for part in ours[0]["shares"]:

@@ -124,7 +124,7 @@ def test_all_rows_are_printed_and_written_as_data(tmp_path, monkeypatch, demo, t
     assert written["machine"]["torch"] == torch.__version__
     assert written["command"].startswith("python tests/bench.py ")
     rows = {row["job"]: row for row in written["rows"]}
-    epoch = "an epoch of the CNN, 64 px; the usual way tuned"
+    epoch = "an epoch of the CNN, 64 px; that way tuned"
     assert rows[epoch] == dict(job=epoch, unit="images/s", here=[50.0] * 3, usual=[50.0] * 3)
     assert rows["share of a step: optimiser"]["here"] == [0.1] * 3
     assert rows["last layer of ResNet-18, 5 epochs"]["here"] == [2.0] * 3
