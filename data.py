@@ -314,6 +314,7 @@ def train_batches(photos, size, batch_size, generator=None, area=CROP_AREA, plai
     part (i, n): the i-th of n parts of every batch, for n processes side by side."""
 
     def one_pass():
+        """Every photo once, in a new order."""
         own = slice(part[0], None, part[1])
         for index in shuffled(len(photos), batch_size, generator):
             # Drawn for the whole batch, for several processes must draw alike.
@@ -333,6 +334,7 @@ def eval_batches(photos, size, batch_size):
     size x size, nothing cut off, so that every pixel of a photo lies under its map."""
 
     def one_pass():
+        """Every photo once, in order."""
         for index in torch.arange(len(photos)).split(batch_size):
             zero = torch.zeros(len(index))
             boxes = torch.stack([zero, zero, photos.height[index], photos.width[index]], 1)
@@ -437,7 +439,8 @@ def pack(file, paths, names, labels, side=SHORT_SIDE, skip_bad=False, key="", wa
          decode_all=decode_all):
     """Decode photos into an open binary file: all pixels, an index in JSON, its length in 8 bytes.
     Returns the index. watch: wraps the loop, to show how far it is. Raises ValueError at a photo
-    that cannot be decoded; skip_bad: it is left out, and its path goes to index["bad"]."""
+    that cannot be decoded; skip_bad: it is left out, and its path goes to index["bad"].
+    decode_all: what decodes them, by threads unless another is given."""
     index = copy.deepcopy(EMPTY_INDEX) | {"key": key, "side": side, "skip_bad": skip_bad}
     with closing(decode_all(paths, side)) as decoded:
         photos = zip(paths, names, labels, decoded, strict=True)

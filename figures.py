@@ -65,8 +65,8 @@ def load_val(folder, facts):
             raise ValueError(f"{own}, on which {facts['arch']} was trained, is not here: name the "
                              "photos with --data")
     val = folders.load(folders.prepare(folder), "val").relabelled(facts["classes"])
-    trained = facts.get("settings", {}).get("data")
-    if trained and facts.get("accuracy_on") == "val" and trained[1] != val.fingerprint:
+    own = networks.val_fingerprint(facts)
+    if own and facts.get("accuracy_on") == "val" and own != val.fingerprint:
         print(f"{folder}: these are not the val photos of the training of {facts['arch']}: its "
               "accuracy is of others", file=sys.stderr)
     return val
@@ -127,10 +127,8 @@ def predicted_row(prediction, classes, names, truth):
 
 def say_grey(rows, scale):
     """Say in which rows most maps are grey beside a strong one. scale: as of `page.compose`."""
-    if scale == "photo":
-        return
     for row in rows:
-        weakest = page.FAINT * (scale_of(row.maps) if scale == "row" else scale)
+        weakest = page.FAINT * (page.shared_end(row, scale) or 0)
         grey = sum(bool(class_map.abs().max() < weakest) for class_map in row.maps)
         if 2 * grey > len(row.maps):
             print(f"{row.label.split(',')[0]}: {grey} of {len(row.maps)} maps stay below "

@@ -158,9 +158,14 @@ def check_numbers(path, network, facts):
     if not all(weights.isfinite().all() for weights in network.state_dict().values()):
         raise ValueError(f"{of} holds NaN or infinity among its weights: train it anew, or name "
                          "another file")
-    if network.head.out_features < 2:
-        raise ValueError(f"{of} has one output, which softmax makes 100 % for every photo: give it "
-                         "an output for each of two classes")
+    check_outputs(of, network.head.out_features)
+
+
+def check_outputs(name, count):
+    """Raise ValueError where what is called `name` has fewer than two outputs."""
+    if count < 2:
+        raise ValueError(f"{name} has one output, which softmax makes 100 % for every photo: give "
+                         "it an output for each of two classes")
 
 
 def check_same_classes(path, classes, first_path, first_classes):
@@ -181,6 +186,11 @@ def check_smallest_look(path, network, size):
     except RuntimeError as error:
         raise ValueError(f"{path} cannot look at {size} x {size} px: name larger "
                          "--looks") from error
+
+
+def val_fingerprint(facts):
+    """`data.Photos.fingerprint` of the photos that a checkpoint was validated on; None: unknown."""
+    return (facts.get("settings", {}).get("data") or [None])[-1]
 
 
 def describe(facts):
@@ -224,9 +234,7 @@ def predict_with_maps(network, facts, photos):
         images = normalised(images, facts).to(next(network.parameters()))  # device, float type
         predicted.append([values.cpu() for values in cam.explain(network, images)])
     maps, logits = (torch.cat(values) for values in zip(*predicted, strict=True))
-    if logits.shape[1] < 2:
-        raise ValueError("the network has one output, which softmax makes 100 % for every photo: "
-                         "give it an output for each of two classes")
+    check_outputs("the network", logits.shape[1])
     precise = torch.promote_types(logits.dtype, torch.float32)
     maps, logits = maps.to(precise), logits.to(precise)
     return maps, logits, logits.softmax(1)

@@ -296,14 +296,21 @@ class Row(NamedTuple):
     right: list = None  # N of bool, or of None where the truth is unknown
 
 
+def shared_end(row, scale):
+    """The end, in logits, of the scale that a `Row`'s maps share; None where each has its own.
+    scale: as of `compose`."""
+    if scale == "photo":
+        return None
+    return scale_of(row.maps) if scale == "row" else scale
+
+
 def map_tiles(photos, row, scale):
-    """A `Row`'s maps over its photos. scale: "row", one for all, its end in logits where other rows
-    share it, or "photo", its own for each."""
-    shared, tiles = scale_of(row.maps) if scale == "row" else scale, []
+    """A `Row`'s maps over its photos. scale: as of `compose`."""
+    shared, tiles = shared_end(row, scale), []
     rights = row.right or [None] * len(photos)
     for photo, class_map, text, right in zip(photos, row.maps, row.captions, rights, strict=True):
-        end = scale_of(class_map) if scale == "photo" else shared
-        own = f" ±{signed(end, end)[1:]}" if scale == "photo" else ""
+        end = shared or scale_of(class_map)
+        own = "" if shared else f" ±{signed(end, end)[1:]}"
         tiles.append(Tile(photo, text + own, class_map, end, wrong=right is False))
     return tiles
 

@@ -277,7 +277,7 @@ def score_all(arguments):
     scores, pictures = {}, {}
     for name, (path, network, facts) in named.items():
         if seen := seen_in_training(facts, val):
-            own = (facts.get("settings", {}).get("data") or [None])[-1] == val.fingerprint
+            own = networks.val_fingerprint(facts) == val.fingerprint
             notes.append(f"{name}: {seen:,} of {len(val):,} val photos were trained on" + (
                 ", being in train too, byte for byte: remove them from one" if own else
                 ": its scores are no test, name the data as they were in training (--data)"))

@@ -230,6 +230,7 @@ def make_step(network, optimizer, scaler, average, precision, smoothing):
     """
 
     def step(x, labels, rate, share):
+        """Forward, backward, the optimiser, the average: the heart of a training."""
         optimizer.zero_grad()
         with torch.autocast(x.device.type, precision.dtype, enabled=precision.dtype is not None,
                             cache_enabled=False):

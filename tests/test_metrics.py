@@ -709,7 +709,7 @@ def test_the_maximum_of_a_map_is_that_of_its_pixels():
     assert 0 < expected.sum() < 40 and inner.sum() > 10
 
 
-def test_focus_by_hand():
+def test_area_and_share_by_hand():
     maps = torch.full((1, 8, 8), -4.0)
     maps[:, :2, :4] = 10.0  # an eighth of the area
     maps[:, 4:, 4:] = 4.0  # a quarter, below half of the maximum
