@@ -59,7 +59,7 @@ class Recipe:
     plain_crop: bool = False
     holdout: float = 0.0  # share of train that is validated on, in place of val
     seed: int = 0
-    version: int = 6  # of what the fields do not say: network, optimiser, schedule, crops
+    version: int = 7  # of what the fields do not say: network, optimiser, schedule, crops
 
 
 DEFAULTS = {  # everything from random weights, the head of a pretrained network, or all its layers

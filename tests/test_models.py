@@ -184,7 +184,7 @@ def test_whitened_filters_answer_uncorrelated_with_equal_variance_and_are_frozen
     network = models.cnn()
     models.whiten(network, images, eps=1e-6)
     conv = network.features[0][0]
-    answers = F.conv2d(images, conv.weight, stride=2)
+    answers = F.conv2d(images, conv.weight, stride=conv.stride)
     answers = answers.transpose(0, 1).flatten(1)  # (C, N * places)
     half = len(answers) // 2
     assert torch.equal(conv.weight[half:], -conv.weight[:half])
