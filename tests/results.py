@@ -50,7 +50,7 @@ PROTOCOLS = (
     ("CNN, plain 64 px crops → 160 px, 40 epochs", REPORT,
      dict(arch="cnn", plain_crop=True, epochs=40, size=160)),
     ("MobileNetV2, last layer", HEAD_REPORT,
-     dict(arch="mobilenet_v2", training="head", looks=[320], version=6)),
+     dict(arch="mobilenet_v2", training="head", looks=[320])),
     ("MobileNetV2, maps at two looks", HEAD_REPORT,
      dict(arch="mobilenet_v2", training="head", looks=[224, 320], version=6)),
     ("MobileNetV2, mirrored, one look", HEAD_REPORT,
