@@ -5,8 +5,9 @@
     python train.py resnet18 --unfreeze        the same, every layer trained
 
 This is the training itself: it touches no disk and prints nothing. `train` yields after each epoch,
-and launch.py listens. Copy train.py, optim.py, data.py and models.py, and this trains a network (a
-last layer alone is trained on features, which frozen.py computes, in place of photos):
+and launch.py listens. Copy train.py, data.py, models.py, optim.py and recorded.py, and this trains
+a network (a last layer alone is trained on features, which frozen.py computes, in place of
+photos):
 
     import data
     from train import choose_precision, make_recipe, start, train
@@ -27,7 +28,6 @@ if __name__ == "__main__":  # Ctrl-C while torch is imported
 
 import math
 import time
-import warnings
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -38,6 +38,7 @@ import torch.nn.functional as F
 import data
 import models
 from optim import Average, Muon
+from recorded import Recorded
 
 
 @dataclass(frozen=True)
@@ -261,52 +262,6 @@ def train_epoch(step, batches, rates, average):
         correct = correct + right
         counts.append(float(len(labels)))
     return torch.stack(losses), correct, torch.tensor(counts, device=correct.device)
-
-
-class Recorded:
-    """A step on CUDA as one launch: recorded once for each shape of batch, then replayed.
-
-    Networks here are so small that launching a step's 600 kernels takes ten times as long as they
-    compute. A replay reads the memory that was recorded, so batches are copied there, and the rate
-    and the share are tensors. The first steps of a shape run as they are written: real ones, which
-    warm the libraries up. Where recording fails, all do.
-    """
-
-    WARM_UP = 3
-
-    def __init__(self, step, device):
-        self.step, self.shapes, self.written = step, {}, {}  # of each shape: graph; steps so far
-        self.rate, self.share = torch.zeros(2, device=device).unbind()
-        self.stream = torch.cuda.Stream(device)
-
-    def __call__(self, x, labels, rate, share):
-        self.rate.fill_(rate)
-        self.share.fill_(share)
-        written = self.written.get(x.shape, 0)
-        if written == self.WARM_UP:
-            self.record(x, labels)
-        if x.shape not in self.shapes:
-            self.written[x.shape] = written + 1
-            self.stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(self.stream):
-                results = self.step(x, labels, self.rate, self.share)
-            torch.cuda.current_stream().wait_stream(self.stream)
-            return results
-        graph, inputs, results = self.shapes[x.shape]
-        torch._foreach_copy_(inputs, [x, labels])
-        graph.replay()
-        return [result.clone() for result in results]
-
-    def record(self, x, labels):
-        """Record the step for the shape of x: calls are noted, and nothing is computed."""
-        inputs, graph = [x.clone(), labels.clone()], torch.cuda.CUDAGraph()
-        try:
-            with torch.cuda.graph(graph):
-                results = self.step(*inputs, self.rate, self.share)
-            self.shapes[x.shape] = graph, inputs, results
-        except RuntimeError as error:
-            warnings.warn(f"steps are not recorded, and slower: {str(error).splitlines()[0]}",
-                          stacklevel=2)
 
 
 @torch.no_grad()

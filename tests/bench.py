@@ -35,6 +35,7 @@ import files
 import folders
 import machine
 import models
+import recorded
 import train
 from runs import type_name
 
@@ -98,9 +99,9 @@ def epoch(folder, device, precision, crop=CROP, share=1.0, batch_size=BATCH, pla
     average = train.Average(network)
     scaler = torch.amp.GradScaler(device.type, enabled=precision.scale)
     step = train.make_step(network, optimizer, scaler, average, precision, RECIPE.smoothing)
-    recorded = device.type == "cuda"
-    if recorded:
-        step = train.Recorded(step, device)
+    one_launch = device.type == "cuda"
+    if one_launch:
+        step = recorded.Recorded(step, device)
 
     def seconds_of(count, making=None):
         """How long it takes to train on `count` photos; making: gets the seconds of each batch."""
@@ -115,7 +116,7 @@ def epoch(folder, device, precision, crop=CROP, share=1.0, batch_size=BATCH, pla
 
     seconds_of(10 * batch_size)
     seconds, timings = seconds_of(len(photos)), {"batch": []}
-    if not recorded:
+    if not one_launch:
         timings |= {"optimiser": [], "average": []}
         optimizer.step = timed(optimizer.step, device, timings["optimiser"])
         average.update = timed(average.update, device, timings["average"])

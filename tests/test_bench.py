@@ -64,7 +64,7 @@ def test_the_usual_way_learns_from_the_same_photos(demo, monkeypatch, tuned):
 
 
 def test_operations_are_counted_forward_and_backward():
-    layers = [(3, 32, 4, 32), (32, 64, 3, 32), *[(64, 64, 3, 16)] * 4, (64, 192, 3, 16),
+    layers = [(3, 32, 3, 64), (32, 64, 3, 32), *[(64, 64, 3, 16)] * 4, (64, 192, 3, 16),
               *[(192, 192, 3, 8)] * 6, (192, 384, 3, 8), (384, 10, 1, 1)]
     forward = [2 * inputs * outputs * k**2 * side**2 for inputs, outputs, k, side in layers]
     backward = 2 * sum(forward[1:])  # to the weights and to the input; the first layer is frozen

@@ -8,6 +8,7 @@ import torch
 
 import models
 import optim
+import recorded
 import train
 
 PRECISION = train.Precision(None, False, torch.channels_last)
@@ -26,7 +27,7 @@ def no_streams(monkeypatch):
         monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
 
 
-class Replayed(train.Recorded):
+class Replayed(recorded.Recorded):
     """On a CPU a replay is the step once more, on the memory that was recorded."""
 
     replays = 0
@@ -99,7 +100,7 @@ def test_where_recording_fails_steps_run_as_they_are_written_and_say_so_once(mon
     monkeypatch.setattr(torch.cuda, "graph", refuse)
     monkeypatch.setattr(torch.cuda, "CUDAGraph", object)
     with pytest.warns(UserWarning, match="not recorded.*operation not permitted$") as said:
-        found = small_training(lambda step: train.Recorded(step, torch.device("cpu")))
+        found = small_training(lambda step: recorded.Recorded(step, torch.device("cpu")))
     assert same(found[0], small_training(written)[0])
     assert len(said) <= 2  # one for each shape
 

@@ -439,7 +439,7 @@ def test_a_training_touches_no_disk_and_prints_nothing(photos, val, capfd):
     assert not events and capfd.readouterr() == ("", "")
 
 
-CORE = ["train.py", "optim.py", "data.py", "models.py"]
+CORE = ["train.py", "optim.py", "recorded.py", "data.py", "models.py"]
 ALONE = import_alone("train") + """
 import contextlib, io
 found = [train.__file__, sorted(project)]
