@@ -46,7 +46,7 @@ def contrast_map(maps, a, b):
 
 
 class MapsAndLogits(nn.Module):
-    """A network that returns maps (N, K, h, w) and logits (N, K); torch.export takes it."""
+    """A network that returns maps (N, K, h, w) and logits (N, K), for torch.export."""
 
     def __init__(self, network):
         super().__init__()
@@ -215,6 +215,6 @@ if __name__ == "__main__":
     try:
         import figures
     except ModuleNotFoundError as error:
-        print(f"cam.py: {error.name}.py is missing: only functions work alone", file=sys.stderr)
+        print(f"cam.py: {error}: only its functions work alone", file=sys.stderr)
         sys.exit(2)
     figures.main()

@@ -49,7 +49,7 @@ WORDS = CLASSES | {  # and Imagewoof's; all others are shown by their folder's n
     "n02105641": "Old English sheepdog", "n02111889": "Samoyed", "n02115641": "dingo",
 }
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, RGB in 0..1
-CROP_AREA = 0.25  # the least share of a photo in a random resized crop
+CROP_AREA = 0.25  # the least share of a photo in a random resized crop, unless one is given
 CROP_RATIO = 4 / 3  # its longest shape
 COLOURS = 0.3  # how far `random_colours` goes
 MAX_BATCH = 2**25  # pixels that are resampled at a time, padding included: 0.4 GB in float32
@@ -295,13 +295,16 @@ class Batches:
         return self.count
 
 
+def batch_count(count, batch_size):
+    """How many batches `count` photos make. A last one of less than half the size joins the one
+    before: a handful is too few for batch normalisation."""
+    return max(1, (count + batch_size // 2) // batch_size)
+
+
 def shuffled(count, batch_size, generator=None):
-    """The numbers 0 to count - 1 in random order, as batches. A last one of less than half the
-    size joins the one before: a handful is too few for batch normalisation."""
-    batches = list(torch.randperm(count, generator=generator).split(batch_size))
-    if len(batches) > 1 and 2 * len(batches[-1]) < batch_size:
-        batches[-2:] = [torch.cat(batches[-2:])]
-    return batches
+    """The numbers 0 to count - 1 in random order, as `batch_count` batches."""
+    cuts = range(batch_size, batch_size * batch_count(count, batch_size), batch_size)
+    return torch.randperm(count, generator=generator).tensor_split(list(cuts))
 
 
 def train_batches(photos, size, batch_size, generator=None, area=CROP_AREA, plain=False,
@@ -326,12 +329,12 @@ def train_batches(photos, size, batch_size, generator=None, area=CROP_AREA, plai
             images = images if plain else recolour(images, colours[own])
             yield images, send(photos.labels[index[own]], photos.device)
 
-    return Batches(one_pass, max(1, (len(photos) + batch_size // 2) // batch_size))
+    return Batches(one_pass, batch_count(len(photos), batch_size))
 
 
 def eval_batches(photos, size, batch_size):
     """All photos in order, as batches like those of `train_batches`. Each whole frame is resized to
-    size x size, nothing cut off, so that every pixel of a photo lies under its map."""
+    size x size, and nothing is cut off."""
 
     def one_pass():
         """Every photo once, in order."""
@@ -371,8 +374,8 @@ def decode(file, name=None, side=None):
         raise ValueError(f"{name} does not exist: name a photo that is there") from error
     except Exception as error:  # Pillow raises nearly every type there is on a damaged file
         if raw[4:8] == b"ftyp" or Path(str(name)).suffix.lower() in UNREAD:  # under any suffix
-            raise ValueError(f"{name} is in a format that is not read here (HEIC, AVIF): convert "
-                             "it to JPEG") from error
+            raise ValueError(f"{name} is in a format that is not read here: convert it to "
+                             "JPEG") from error
         reason = str(error) or type(error).__name__
         if isinstance(error, UnidentifiedImageError):
             reason = "it holds no picture" if raw else "it is empty"
@@ -560,7 +563,7 @@ if __name__ == "__main__":
     try:
         import folders
     except ModuleNotFoundError as error:
-        print(f"data.py: {error.name}.py is missing: the command needs archives.py, "
+        print(f"data.py: {error}: the command needs archives.py, "
               "decoding.py, files.py and folders.py beside data.py; data.load(folder) does "
               "without", file=sys.stderr)
         sys.exit(2)

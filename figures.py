@@ -25,9 +25,9 @@ import page
 from asked import CHECKPOINTS, MOST_PHOTOS
 from cam import contrast_map, scale_of
 from predict import predict
+from tables import escape_latex
 
 MOST_CLASSES = 50  # of val in a figure, unless they are chosen
-DATA = "data/imagenette2-160"
 
 
 # ---------------------------------------------------------------- networks and photos
@@ -59,9 +59,9 @@ def load_val(folder, facts):
     """The val photos of `folder`, None: of the data a network was trained on, if they are there;
     labels in the order of its classes. Says where they are not those that its accuracy is of."""
     if not folder:
-        own = facts.get("data") or DATA
-        folder = own if os.path.exists(own) else DATA
-        if own != DATA and not os.path.exists(folder):
+        own = facts.get("data") or folders.IMAGENETTE
+        folder = own if os.path.exists(own) else folders.IMAGENETTE
+        if own != folders.IMAGENETTE and not os.path.exists(folder):
             raise ValueError(f"{own}, on which {facts['arch']} was trained, is not here: name the "
                              "photos with --data")
     val = folders.load(folders.prepare(folder), "val").relabelled(facts["classes"])
@@ -75,35 +75,34 @@ def load_val(folder, facts):
 def say_trained_on(photos, loaded):
     """Say how many of val's `photos` networks were trained on, byte for byte."""
     for _, facts in loaded:
-        known = set(facts.get("trained_on", ()))
-        if count := sum(digest in known for digest in photos.digests):
+        if count := networks.seen_in_training(facts, photos):
             print(f"{facts['arch']} was trained on {count:,} of these {len(photos):,} val photos: "
                   "what it says of them it may know by heart", file=sys.stderr)
 
 
-def one_of_each_class(folder, seed, classes, wanted=None, loaded=()):
-    """A val photo of each of `classes`, or of those `wanted`: photos, titles, their classes.
-    loaded: networks; says which were trained on them."""
-    first = loaded[0][1] if loaded else {}
-    val = load_val(folder, {**first, "classes": classes})
+def one_of_each_class(folder, seed, loaded, wanted=None):
+    """A val photo of each class that the networks `loaded` know, or of those `wanted`: photos, and
+    the names of their classes."""
+    facts = loaded[0][1]
+    val, classes = load_val(folder, facts), list(facts["classes"])
     generator = torch.Generator().manual_seed(seed)
     names = asked.known_classes(wanted, classes) if wanted else classes[:MOST_CLASSES]
     if len(names) < len(classes) and not wanted:
         print(f"the first {len(names)} of {len(classes)} classes are shown: --classes chooses "
               "others", file=sys.stderr)
-    shown, titles = [], []
+    shown, there = [], []
     for name in names:
         (of_class,) = torch.where(val.labels == classes.index(name))
         if len(of_class):
             chosen = torch.randint(len(of_class), (), generator=generator)
             shown.append(int(of_class[chosen]))
-            titles.append(name)
+            there.append(name)
         elif wanted:
             raise ValueError(f"there is no val photo of {name}: choose others with --classes")
         else:
             print(f"{name} is not shown, for there is no val photo of it", file=sys.stderr)
     say_trained_on(val.subset(torch.tensor(shown)), loaded)
-    return [val[i] for i in shown], titles, titles
+    return [val[i] for i in shown], there
 
 
 # ---------------------------------------------------------------- maps
@@ -157,11 +156,9 @@ def finish(picture, path, what, loaded):
     """Save a picture, and print how LaTeX includes it. what: it shows, of the networks `loaded`."""
     page.save_picture(picture, path)
     caption = f"{what}: {'; '.join(networks.describe(facts) for _, facts in loaded)}."
-    special = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
-    caption = caption.translate(str.maketrans(special | {c: f"\\{c}" for c in "&%$#_{}"}))
     width = picture.width / picture.info["dpi"][0] * 2.54
     print(f"{path}\n\\includegraphics[width={width:.1f}cm]{{{path.as_posix()}}}\n"
-          f"\\caption{{{caption}}}")
+          f"\\caption{{{escape_latex(caption)}}}")
 
 
 def draw_explanation(photo, title, found, names, wanted, options):
@@ -199,10 +196,11 @@ def write_explanation(path, photo, title, found, wanted):
     print(path)
 
 
-def letters(options, classes, texts=()):
-    """The names of the classes as pictures show them; options.font becomes one that has them."""
-    options.font = fonts.choose([*classes, *texts], options.font)
-    return fonts.legible(classes, options.font)
+def letters(font, classes, texts=()):
+    """A font that has all letters, or None for Pillow's, and the names of classes as it shows them.
+    font: a file that was asked for, or None."""
+    font = fonts.choose([*classes, *texts], font)
+    return font, fonts.legible(classes, font)
 
 
 # ---------------------------------------------------------------- commands
@@ -221,11 +219,11 @@ def figure(options):
     if options.images:
         paths = asked.photo_files(options.images)
         asked.refuse_overwriting([options.out], paths)
-        chosen = asked.own_photos(paths, options.titles, options.truth, classes)
+        photos, titles, truth = asked.own_photos(paths, options.titles, options.truth, classes)
     else:
-        chosen = one_of_each_class(options.data, options.seed, classes, options.classes, loaded)
-    photos, titles, truth = chosen
-    names = letters(options, classes, titles)
+        photos, truth = one_of_each_class(options.data, options.seed, loaded, options.classes)
+        titles = truth
+    options.font, names = letters(options.font, classes, titles)
     rows = [predicted_row(prediction, classes, names, truth)
             for prediction in predictions(loaded, photos)]
     say_grey(rows, options.scale)
@@ -260,7 +258,7 @@ def explain(options):
     if contrast and contrast[0] == contrast[1]:
         raise ValueError(f"--contrast {options.contrast[0]} with itself shows nothing: name two "
                          "classes")
-    names = letters(options, classes, [path.stem for path in paths])
+    options.font, names = letters(options.font, classes, [path.stem for path in paths])
     for path, out in zip(paths, outs, strict=True):
         photo = torch.from_numpy(data.decode(path))
         found = predictions(loaded, [photo])
@@ -288,7 +286,8 @@ def gallery(options):
     mistakes = mistakes[confidence[mistakes].argsort(descending=True)][: options.count]
     if not len(mistakes):
         return print(f"{models[0]} makes no mistake on val: there is nothing to show")
-    photos, names = [val[i] for i in mistakes], letters(options, val.classes)
+    photos = [val[i] for i in mistakes]
+    options.font, names = letters(options.font, val.classes)
     labels, predicted, probabilities = (
         values[mistakes] for values in (val.labels, predicted, probabilities))
     maps, *_ = networks.predict_with_maps(network, facts, photos)
@@ -317,7 +316,7 @@ def add_command(commands, command, about, out):
     parser = commands.add_parser(command.__name__, help=about,
                                  formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.set_defaults(command=command)
-    add, what = parser.add_argument, {explain: ", or .html; or a folder", predict: ""}
+    add, what = parser.add_argument, {explain: ", or .html; or a folder"}
     kinds = ".csv" if command is predict else ".png or .pdf"
     add("--out", type=files.path, default=out, help=f"{kinds}{what.get(command, '')}")
     networks.add_options(parser)
@@ -331,7 +330,7 @@ def add_command(commands, command, about, out):
     if command in (figure, gallery):
         add("--data", metavar="FOLDER", type=files.path,
             help="folder or archive of photos in class folders; without it, those of the training, "
-            f"or {DATA}")
+            f"or {folders.IMAGENETTE}")
         add("--columns", type=files.between(1, 10), default=10,
             help="photos side by side; more go on below")
     return add

@@ -21,6 +21,7 @@ import files
 
 URL = "https://s3.amazonaws.com/fast-ai-imageclas/imagenette2-160.tgz"
 ARCHIVE_BYTES, ARCHIVE_MD5 = 99_003_388, "e793b78cc4c9e9a4ccc0c1155377a412"
+IMAGENETTE = "data/imagenette2-160"  # where `prepare` puts it
 COUNTS = {"train": 9_469, "val": 3_925}  # of the public ImageNette
 TRAIN_NAMES = ("train", "training", "seg_train")
 VAL_NAMES = ("val", "valid", "validation", "dev", "eval", "test", "testing", "seg_test")
@@ -186,7 +187,7 @@ def prepare(source=None, root="data"):
         raise ValueError("the name of the data, or of the folder to unpack them in, is empty: name "
                          "one, or leave it out (DATA=, --data, --root)")
     root = files.path(root)
-    folder = root / "imagenette2-160" if source is None else files.path(source)
+    folder = root / Path(IMAGENETTE).name if source is None else files.path(source)
     if source is None and not folder.exists():
         folder = root / Path(URL).name
         files.make_writable(root, "name another folder with --root")

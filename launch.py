@@ -39,10 +39,11 @@ def make_parser():
         add(f"--{name}", type=kind, default=argparse.SUPPRESS, help=f"{what} (default: {shown})")
 
     add("arch", help="cnn, resnet18, or another torchvision network that CAM is exact for")
-    add("--data", type=files.path, default="data/imagenette2-160",
+    add("--data", type=files.path, default=folders.IMAGENETTE,
         help="folder or archive of class folders")
-    add("--weights", default=argparse.SUPPRESS, help="'imagenet' (download; the default of every "
-        "network but the cnn), 'none' (random), or a file in torchvision's format")
+    add("--weights", type=os.path.expanduser, default=argparse.SUPPRESS,
+        help="'imagenet' (download; the default of every network but the cnn), 'none' (random), or "
+        "a file in torchvision's format")
     add("--unfreeze", action="store_true", help="train every layer, not the last one alone")
     add_recipe("epochs", number(1, 2**31), "passes over the photos")
     add_recipe("crop", px, "side of a training crop, px")
@@ -145,12 +146,12 @@ def prepare_photos(recipe, folder, skip_bad, device):
 
 def remarks_on(recipe, photos, val):
     """Sentences where a training, or the accuracy of so few photos, means little."""
-    steps, found = len(data.shuffled(photos, recipe.batch_size, None)), []
+    steps, found = data.batch_count(photos, recipe.batch_size), []
     if recipe.training == "head" and recipe.weights is None:
         found.append(f"{recipe.arch} from random weights, its last layer alone trained, has learnt "
                      "nothing to tell photos by: add --unfreeze")
     if recipe.training == "scratch" and steps * recipe.epochs < 1000 and recipe.epochs > 20:
-        found.append(f"{photos:,} photos make {steps * recipe.epochs:,} steps of {recipe.epochs} "
+        found.append(f"{photos:,} photos make {steps * recipe.epochs:,} steps in {recipe.epochs} "
                      f"epochs, and a network from scratch wants thousands: use --epochs "
                      f"{-(-5000 // steps):,} (make: EPOCHS=), or a pretrained network")
     if val < 100:  # half of the 95 % interval of an accuracy of 50 %
@@ -160,15 +161,13 @@ def remarks_on(recipe, photos, val):
 
 
 @torch.no_grad()
-def check_sizes(network, recipe, count):
-    """Raise ValueError where `network` cannot take images of the recipe's sizes, or the smallest
-    batch of `count` photos. Only small images can be too small: of 96 px at most are tried."""
+def check_sizes(network, recipe, smallest):
+    """Raise ValueError where `network` cannot take images of the recipe's sizes, or a batch of
+    `smallest` photos. Only small images can be too small: of 96 px at most are tried."""
     plain = copy.deepcopy(models.with_looks(network, ()))  # a pass changes batch normalisation
     device = next(plain.parameters()).device
-    lengths = [len(index) for index in data.shuffled(count, recipe.batch_size, None)]
     crop, size = train.sides(recipe, 0)
-    smallest = min(2, min(lengths) // train.processes()[1])
-    passes = [("--crop", crop, smallest, True)] if recipe.training != "head" else []
+    passes = [("--crop", crop, min(2, smallest), True)] if recipe.training != "head" else []
     passes += [("--size or --looks", side, 1, False) for side in {size, *recipe.looks}]
     for option, side, photos, training in passes:
         try:
@@ -214,8 +213,8 @@ def train_run(recipe, options):
         seeded = torch.Generator().manual_seed(0)
         photos, val = (split.subset(torch.randperm(len(split), generator=seeded)
                                     [:2 * recipe.batch_size]) for split in (photos, val))
-    lengths = [len(index) for index in data.shuffled(len(photos), recipe.batch_size, None)]
-    if min(len(val), *lengths) < world:
+    smallest = min(map(len, data.shuffled(len(photos), recipe.batch_size)))
+    if min(len(val), smallest) < world:
         raise ValueError(f"{world} processes are more than a batch or val has photos: use a larger "
                          f"--batch-size than {recipe.batch_size}, or fewer processes")
     if rank == 0 and not options.dry_run:
@@ -224,7 +223,7 @@ def train_run(recipe, options):
     run = Run(options.runs / options.name, recipe, photos, val, folder)
     goes_on = (run.folder / "last.pt").exists() and not options.dry_run  # all weights are in there
     network = train.start(recipe, photos, precision, goes_on)
-    check_sizes(network, recipe, len(photos))
+    check_sizes(network, recipe, smallest // world)
     if rank == 0:
         files.make_writable(run.folder, "name another folder with --runs and --name")
     with contextlib.nullcontext() if rank else files.lock(run.folder / "run", wait=False):
@@ -234,7 +233,7 @@ def train_run(recipe, options):
         torch.distributed.destroy_process_group()
 
 
-def check_state(state, network, recipe, last):
+def load_weights(state, network, recipe, last):
     """Load the weights of `state`, of the file `last`, into `network`. Raises ValueError where it
     does not fit the network or the optimiser of today's code."""
 
@@ -278,7 +277,7 @@ def train_epochs(run, network, folder, photos, val, precision, state):
               + (f"; {done} of {recipe.epochs} epochs are done" if done else ""), flush=True)
     if done < recipe.epochs:
         if state:
-            check_state(state, network, recipe, run.folder / "last.pt")
+            load_weights(state, network, recipe, run.folder / "last.pt")  # a head's features ask it
         if alone:
             run.begin(network, precision)
         inputs = photos, val

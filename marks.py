@@ -15,7 +15,7 @@ from math import hypot
 import torch
 
 import data
-from metrics import Estimate, T, difference, mean_interval
+from metrics import STUDENT_T, Estimate, difference, mean_interval
 
 SIDE, EDGE = (0.06, 0.08), 0.08  # of a mark, and from it to the photo's edge, in shorter sides
 
@@ -67,7 +67,7 @@ def resampled(statistic, *values):
     draws = torch.randint(n, (500, n), generator=torch.Generator().manual_seed(0))
     means = torch.stack([statistic(*(v[:, draw] for v in values)).mean() for draw in draws])
     low, high = means.nanquantile(torch.tensor([0.025, 0.975])).tolist()
-    spread = T[seeds] * float(of_seeds.std()) / seeds**0.5 if seeds > 1 else 0.0
+    spread = STUDENT_T[seeds] * float(of_seeds.std()) / seeds**0.5 if seeds > 1 else 0.0
     mean = float(of_seeds.mean())
     return Number(mean, mean - hypot(mean - low, spread), mean + hypot(high - mean, spread), n)
 

@@ -25,9 +25,8 @@ SIZE = 224  # maps meet boxes on a grid of SIZE x SIZE cells, as in Choe et al. 
 THRESHOLDS = torch.arange(100) / 100  # of maps that run from 0 to 1
 IOUS = (0.3, 0.5, 0.7)  # of MaxBoxAccV2
 Z = 1.959964  # 95 % of a normal distribution lie within Z standard deviations
-SEEDS = 5  # networks with random weights
-T = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776445, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306,
-     10: 2.262}  # Student's t, 95 %, of as many seeds
+STUDENT_T = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776445, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306,
+             10: 2.262}  # 95 %, of as many seeds
 
 
 # ---------------------------------------------------------------- means and their intervals
@@ -84,13 +83,14 @@ def mean_interval(values, variance=0.0):
     if values.numel() == 0:
         raise ValueError("there is no photo to score: score at least one")
     table = values.detach().cpu().double().clamp(0, 1).reshape(-1, values.shape[-1])  # (S, N)
-    if table.isnan().any() or len(table) > max(T):
-        raise ValueError(f"a score is NaN, or there are more than {max(T)} seeds: leave some out")
+    if table.isnan().any() or len(table) > max(STUDENT_T):
+        raise ValueError(f"a score is NaN, or there are more than {max(STUDENT_T)} seeds: leave "
+                         "some out")
     seeds, n = table.shape
     per_photo = table.mean(0)
     variance = max(variance, float(per_photo.var(correction=0)) / n)
     if seeds > 1:
-        variance += float(table.mean(1).var()) / seeds * (T[seeds] / Z) ** 2
+        variance += float(table.mean(1).var()) / seeds * (STUDENT_T[seeds] / Z) ** 2
     mean = float(per_photo.mean())
     return Estimate(mean, *interval_of_mean(mean, variance, n), n, per_photo)
 

@@ -106,9 +106,9 @@ def cnn(classes=10, width=192):
     width: channels at 1/8, where they are cheap (few pixels are left), and where the map is made.
     Averages of 2 x 2 halve the image with less aliasing (Zhang 2019): after 5 epochs 3 points more
     are right than with convolutions of stride 2. They keep a cell of the map where upsampling draws
-    it; 3 x 3 filters of stride 2 would put it 3.5 pixels off. Of sides that are no multiples of 8
-    the last pixels are not seen. (A first convolution without bias is set and frozen by `whiten`,
-    from train.start.)
+    it; 3 x 3 filters of stride 2 would put it 3.5 pixels off. Of a side that is no multiple of 8
+    the last pixels have no cell, and a map drawn over all of it is stretched by as much. (A first
+    convolution without bias is set and frozen by `whiten`, from train.start.)
     """
     features = nn.Sequential(
         ConvNorm(3, 32), nn.AvgPool2d(2),  # 1/2
@@ -232,8 +232,9 @@ def read_weights(weights, arch):
     What training scripts wrap around it is taken off: {"state_dict": ...}, "module." before names.
     """
     named = torchvision_models.get_model_weights(arch)
-    if weights == "imagenet" or str(weights) in named.__members__:
-        entry = named.DEFAULT if weights == "imagenet" else named[str(weights)]
+    name = "DEFAULT" if str(weights) == "imagenet" else str(weights)
+    if name in named.__members__:
+        entry = named[name]
         try:
             return entry.get_state_dict(check_hash=True)
         except (pickle.UnpicklingError, EOFError, RuntimeError, OSError) as error:
@@ -304,7 +305,7 @@ def read(path):
     if not path.is_file():
         what, run = "is a folder" if path.is_dir() else "does not exist", path.parent.name
         if path.name == "best.pt":
-            known = run in torchvision_models.list_models()
+            known = run in torchvision_models.list_models(torchvision_models)
             what += f" (`make {f'finetune ARCH={run}' if known else 'train-cnn'}` makes one)"
         raise ValueError(f"{path} {what}: name a file that is there")
     try:

@@ -41,11 +41,6 @@ def add_looks_option(parser):
                         "one list for all or one per checkpoint; without it, their own")
 
 
-def parse_looks(looks):
-    """What --looks gave, which its type has parsed."""
-    return looks
-
-
 # ---------------------------------------------------------------- networks by file or name
 
 
@@ -64,7 +59,7 @@ def load_networks(paths, looks=None, device="cpu", weights=None, names=None):
     by_name = [path for path in paths if is_name(path)]
     for path in map(Path, paths):
         if path.name == str(path) and not (is_name(path) or path.exists() or path.suffix):
-            near = difflib.get_close_matches(path.name, torchvision.models.list_models())
+            near = difflib.get_close_matches(path.name, classifiers())
             raise ValueError(f"there is no file and no network of torchvision's called {path}: "
                              f"there are {', '.join(near or ['resnet18', 'mobilenet_v2'])}, ...")
     if weights and len(weights) != len(by_name) or names and not by_name:
@@ -76,8 +71,8 @@ def load_networks(paths, looks=None, device="cpu", weights=None, names=None):
               else models.load(path, device, looks=sizes)
               for path, sizes in zip(paths, looks, strict=True)]
     for path, (network, facts) in zip(paths, loaded, strict=True):
-        if missing := {"size", "looks", "accuracy", "how"} - facts.keys():
-            raise ValueError(f"{path} does not say its {min(missing)}: use a checkpoint of "
+        if "how" not in facts:
+            raise ValueError(f"{path} does not say how it was trained: use a checkpoint of "
                              "train.py (runs/*/best.pt)")
         check_numbers(path, network, facts)
         check_same_classes(path, facts["classes"], paths[0], loaded[0][1]["classes"])
@@ -85,10 +80,14 @@ def load_networks(paths, looks=None, device="cpu", weights=None, names=None):
     return loaded
 
 
+def classifiers():
+    """The names of torchvision's networks that classify images."""
+    return torchvision.models.list_models(torchvision.models)
+
+
 def is_name(path):
     """Whether a path is no file's, but the name of a classifier of torchvision's."""
-    return str(path) in torchvision.models.list_models(torchvision.models) and (
-        not Path(path).is_file())
+    return str(path) in classifiers() and not Path(path).is_file()
 
 
 def load_from_torchvision(arch, weights=None, names=None, looks=None, device="cpu"):
@@ -100,8 +99,9 @@ def load_from_torchvision(arch, weights=None, names=None, looks=None, device="cp
     """
     arch = str(arch)  # of a command line's paths
     named = torchvision.models.get_model_weights(arch)
-    entry = named.__members__.get(str(weights), named.DEFAULT)
-    by_name = weights is None or str(weights) == entry.name
+    name = "DEFAULT" if str(weights) in ("None", "imagenet") else str(weights)
+    by_name = name in named.__members__
+    entry = named[name] if by_name else named.DEFAULT
     network = models.build(arch, None, entry.name if by_name else weights)
     evaluation = entry.transforms()
     looks = sorted(looks or evaluation.crop_size)
@@ -172,9 +172,9 @@ def check_same_classes(path, classes, first_path, first_classes):
     """Raise ValueError unless two checkpoints know the same classes, in any order."""
     lacks, has = set(first_classes) - set(classes), set(classes) - set(first_classes)
     if lacks or has:
-        lacks, has = (", ".join(sorted(names)[:3]) or "none" for names in (lacks, has))
-        raise ValueError(f"{path} knows other classes than {first_path} (without {lacks}, ..., but "
-                         f"with {has}, ...): compare networks of the same classes")
+        raise ValueError(f"{path} knows other classes than {first_path} (without "
+                         f"{data.first_names(lacks)}, but with {data.first_names(has)}): compare "
+                         "networks of the same classes")
 
 
 @torch.no_grad()
@@ -186,6 +186,13 @@ def check_smallest_look(path, network, size):
     except RuntimeError as error:
         raise ValueError(f"{path} cannot look at {size} x {size} px: name larger "
                          "--looks") from error
+
+
+def seen_in_training(facts, photos):
+    """How many of `photos` the network of `facts` was trained on, byte for byte; 0 where it does
+    not say."""
+    trained_on = set(facts.get("trained_on", ()))
+    return sum(digest in trained_on for digest in photos.digests)
 
 
 def val_fingerprint(facts):

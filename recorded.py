@@ -17,7 +17,7 @@ class Recorded:
 
     A replay reads the memory that was recorded, so batches are copied there, and the rate and the
     share are tensors. The first steps of a shape run as they are written: real ones, which warm the
-    libraries up. Where recording fails, all do.
+    libraries up. Where recording fails, every step runs as written.
     """
 
     WARM_UP = 3

@@ -167,7 +167,7 @@ class Run:
         return max(self.rows, key=lambda row: row["val_accuracy"])
 
     def write_last(self, state):
-        """Write last.pt; torch.save into memory first, for on a full disk its error names none."""
+        """Write last.pt."""
         write_tensors(self.folder / "last.pt", dict(
             facts=self.facts, rows=self.rows, best=self.best, accuracies=self.accuracies,
             state=state))
@@ -255,14 +255,15 @@ def write_tensors(path, contents):
 
 
 def code_digest():
-    """A hash of the code that decides what a training gives; comments and layout do not count."""
+    """A hash of the code that decides what a training gives; comments and layout do not count, but
+    docstrings do."""
     trees = [ast.dump(ast.parse((Path(__file__).parent / name).read_text(encoding="utf-8")))
              for name in DECIDES]
     return hashlib.sha256("\n".join(trees).encode()).hexdigest()[:16]
 
 
 def count_parameters(network):
-    """How many numbers a network has learnt."""
+    """How many parameters a network has, frozen ones too."""
     return sum(p.numel() for p in network.parameters())
 
 

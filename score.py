@@ -38,12 +38,13 @@ try:
     from metrics import Estimate, mean_interval
     from tables import OWN, RANDOM, SQUARE
 except ModuleNotFoundError as error:
-    print(f"score.py: {error.name}.py is missing: the command needs the project's other files "
+    print(f"score.py: {error}: the command needs the project's other files "
           "beside it; metrics.py alone has the scores", file=sys.stderr)
     sys.exit(2)
 
 BATCH = 20  # photos at once: small enough for a processor's cache
 DROP_PHOTOS = 1000  # for average drop and increase in confidence, another pass for each map
+RANDOM_SEEDS = 5  # networks with random weights
 RANDOM_PHOTOS = 50  # for random weights, which differ more between seeds than between photos
 
 
@@ -58,8 +59,7 @@ def logits_and_maps(network, batches, likeliest=False):
     """
     all_logits, chosen_maps = [], []
     for images, labels in batches:
-        maps, logits = cam.MapsAndLogits(network)(images)  # (B, K, h, w), (B, K)
-        cam.check_identity(maps, logits, network.head.bias)  # NaN, weights beyond float32 end here
+        maps, logits = cam.explain(network, images)  # (B, K, h, w), (B, K)
         all_logits.append(logits)
         chosen_maps.append(maps[range(len(images)), logits.argmax(1) if likeliest else labels])
     return torch.cat(all_logits), torch.cat(chosen_maps)
@@ -85,7 +85,7 @@ def with_controls(maps, facts, photos):
     """
     few = photos.subset(torch.arange(len(photos))[:RANDOM_PHOTOS])
     random = [maps_of_labels(random_network(facts, seed).to(maps.device), few, facts["size"])
-              for seed in range(metrics.SEEDS)]
+              for seed in range(RANDOM_SEEDS)]
     square = metrics.centred_square(len(maps), 64).to(maps.device)
     return {OWN: maps[None], RANDOM: torch.stack(random), SQUARE: square[None]}
 
@@ -239,12 +239,6 @@ def relative(argument):
     return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else path.name
 
 
-def seen_in_training(facts, val):
-    """How many photos of val the network of `facts` was trained on; 0 where it does not say."""
-    trained_on = set(facts.get("trained_on", ()))
-    return sum(digest in trained_on for digest in val.digests)
-
-
 def facts_of(path, facts):
     """What is written down of a network, beside its scores."""
     settings = facts.get("settings", {})
@@ -263,7 +257,7 @@ def score_all(arguments):
     if by_name := [path for path in options.models if networks.is_name(path)]:
         raise ValueError(f"{by_name[0]} is a network of torchvision's: score.py takes checkpoints "
                          "of train.py (runs/*/best.pt)")
-    loaded = networks.load_networks(options.models, networks.parse_looks(options.looks))
+    loaded = networks.load_networks(options.models, options.looks)
     named = name_networks(options.models, loaded)
     folder = folders.prepare(options.data)
     val = folders.load(folder, "val").to(device)
@@ -276,7 +270,7 @@ def score_all(arguments):
                seconds={}, machine=machine.facts(), precision="float32", device=str(device))
     scores, pictures = {}, {}
     for name, (path, network, facts) in named.items():
-        if seen := seen_in_training(facts, val):
+        if seen := networks.seen_in_training(facts, val):
             own = networks.val_fingerprint(facts) == val.fingerprint
             notes.append(f"{name}: {seen:,} of {len(val):,} val photos were trained on" + (
                 ", being in train too, byte for byte: remove them from one" if own else
@@ -309,7 +303,7 @@ def parse_arguments(arguments):
     add = parser.add_argument
     add("models", nargs="+", type=files.path,
         help="checkpoints (runs/*/best.pt); differences are to the first")
-    add("--data", default="data/imagenette2-160", type=files.path,
+    add("--data", default=folders.IMAGENETTE, type=files.path,
         help="folder or archive of photos in class folders")
     add("--boxes", type=files.path,
         help="folder of localization.txt and image_sizes.txt; by default the data's own")

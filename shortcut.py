@@ -24,6 +24,7 @@ from pathlib import Path
 
 import torch
 
+import cam
 import data
 import figures
 import files
@@ -35,7 +36,6 @@ import models
 import page
 import tables
 import train
-from cam import MapsAndLogits, check_identity
 
 DRAWN = Path("data/demo")
 DRAWN_RECIPE = dict(epochs=1, crop=64, width=96, batch_size=32, lr=0.05)  # of the cnn on these:
@@ -85,11 +85,10 @@ def train_network(recipe, photos, val, label):
 @torch.no_grad()
 def ask(network, photos, looks):
     """Maps (N, K, h, w) and logits (N, K) of photos, at sizes `looks` (px)."""
-    asked = MapsAndLogits(models.with_looks(network, looks))
-    answers = [asked(images) for images, _ in data.eval_batches(photos, looks[-1], 32)]
-    maps, logits = (torch.cat(parts).cpu() for parts in zip(*answers, strict=True))
-    check_identity(maps, logits, network.head.bias.cpu())
-    return maps, logits
+    looking = models.with_looks(network, looks)
+    answers = [cam.explain(looking, images)
+               for images, _ in data.eval_batches(photos, looks[-1], 32)]
+    return [torch.cat(parts).cpu() for parts in zip(*answers, strict=True)]
 
 
 def table(results, title, form):

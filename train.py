@@ -90,7 +90,8 @@ def default_looks(training, size):
     """Sizes (px) at which maps are made (RESULTS.md has what each gives).
 
     From scratch also 2/3 and 4/3 of `size`: finer maps, 0.7 points less accuracy. Of a frozen
-    network 10/7 of it alone: finer, as accurate. Multiples of a cell's width, 8 or 32 px.
+    network 10/7 of it alone: finer, as accurate. All but `size` are multiples of a cell's width,
+    8 or 32 px.
     """
     factors = {"scratch": (2 / 3, 1, 4 / 3), "head": (10 / 7,), "all": (1, 10 / 7)}[training]
     cell = 8 if training == "scratch" else 32
@@ -159,8 +160,9 @@ def choose_precision(device, training="scratch"):
 
     A head is trained in float32: on features in bfloat16 it was right 0.4 points less often.
     """
+    # On MPS gradients of channels-last are wrong: pytorch#175189.
     layout = torch.contiguous_format if device.type == "mps" else torch.channels_last
-    if training == "head" or device.type == "mps":  # channels-last: wrong gradients, pytorch#175189
+    if training == "head" or device.type == "mps":
         return Precision(None, False, layout)
     if device.type == "cuda":
         native = torch.cuda.get_device_capability(device) >= (8, 0)  # below, bfloat16 is emulated
@@ -328,7 +330,8 @@ def epoch_batches(recipe, photos, epoch, products):
 
 
 def val_batches(recipe, val, epoch):
-    """All of val, as `epoch_batches`: whole photos, or their features."""
+    """This process's part of val: whole photos; or the features of all of it, so that sums over
+    the processes are multiples, whose ratios are the same."""
     if recipe.training == "head":
         return [(val.vectors, val.labels)]
     rank, world = processes()
@@ -359,7 +362,7 @@ def train(recipe, network, photos, val, precision, state=None):
     """
     head = recipe.training == "head"
     module = network.head if head else network  # what is trained
-    steps = len(data.shuffled(len(photos.labels), recipe.batch_size, None))
+    steps = data.batch_count(len(photos.labels), recipe.batch_size)
     done = state["epoch"] if state else 0
     average = Average(module, done * steps)
     averaged = models.CAMNet(network.features, average.module) if head else average.module
@@ -410,7 +413,7 @@ if __name__ == "__main__":
     try:
         import launch
     except ModuleNotFoundError as error:
-        print(f"train.py: {error.name}.py is missing: the command needs the files around it, whose "
-              "functions alone work without", file=sys.stderr)
+        print(f"train.py: {error}: the command needs the files around it; its functions alone work "
+              "without", file=sys.stderr)
         sys.exit(2)
     launch.main()

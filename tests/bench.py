@@ -508,7 +508,7 @@ def parse_arguments():
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--data", type=files.path, default="data/imagenette2-160", help="ImageNette folder or .tgz")
+    add("--data", type=files.path, default=folders.IMAGENETTE, help="ImageNette folder or .tgz")
     add("--device", default="auto", help="cpu, cuda, mps or auto")
     add("--peers", help="folder with torchcam and grad-cam; without it, they are left out")
     add("--out", type=files.path, default="figures/bench.json", help="where the measurements go")

@@ -181,7 +181,7 @@ def parse_arguments(arguments):
         description="Time until an accuracy on val, against the usual ways.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
-    add("--data", type=files.path, default="data/imagenette2-160", help="ImageNette folder or .tgz")
+    add("--data", type=files.path, default=folders.IMAGENETTE, help="ImageNette folder or .tgz")
     add("--device", default="auto", help="cpu, cuda, mps or auto")
     add("--accuracy", type=files.between(0, 1, float), default=0.85, help="share of val to get "
         "right")

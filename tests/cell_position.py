@@ -69,7 +69,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("models", nargs="+", type=files.path)
-    parser.add_argument("--data", type=files.path, default="data/imagenette2-160")
+    parser.add_argument("--data", type=files.path, default=folders.IMAGENETTE)
     parser.add_argument("--boxes", type=files.path, required=True)
     options = parser.parse_args()
     files.run_command(compare_positions, options.models, options.data, options.boxes)

@@ -128,7 +128,7 @@ def main():
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("models", type=files.path, nargs="+", help="checkpoints; of several, heads differ alone")
-    add("--data", type=files.path, default="data/imagenette2-160", help="folder or archive")
+    add("--data", type=files.path, default=folders.IMAGENETTE, help="folder or archive")
     add("--boxes", type=files.path, required=True,
         help="folder of localization.txt and image_sizes.txt")
     add("--looks", nargs="+", type=files.sizes, required=True,

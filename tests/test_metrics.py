@@ -124,8 +124,8 @@ def simulations(generator):
         return metrics.difference(*map(metrics.mean_interval, right))
 
     def seeds(n, spread, mean):  # photos and seeds differ in how easy they are
-        probability = (mean + spread * normal(metrics.SEEDS, 1) + normal(1, n)).sigmoid()
-        return metrics.mean_interval((random(metrics.SEEDS, n) < probability).float())
+        probability = (mean + spread * normal(5, 1) + normal(1, n)).sigmoid()
+        return metrics.mean_interval((random(5, n) < probability).float())
 
     def classes(sizes, accuracies):
         labels = torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes))
@@ -164,7 +164,7 @@ def simulations(generator):
 
     def fitted_seeds(n):
         index = torch.randint(5_000, (n,), generator=generator)
-        chosen = torch.randperm(60, generator=generator)[: metrics.SEEDS]
+        chosen = torch.randperm(60, generator=generator)[:5]
         return metrics.cross_fitted_interval(torch.stack([random_tables[i][index] for i in chosen]))
 
     difficulty = random(20_000, 1)  # of photos that two networks are asked about

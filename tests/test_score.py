@@ -289,7 +289,7 @@ def test_photos_of_val_that_were_trained_on_are_counted(command, paths, demo, tm
     sentence = "cnn-2: 2 of 20 val photos were trained on: "
     for text in (out, err, (tmp_path / "t.md").read_text()):
         assert text.count(sentence) == text.count("trained on") == 1
-    assert score.seen_in_training({"trained_on": val.digests}, val) == 20
+    assert networks.seen_in_training({"trained_on": val.digests}, val) == 20
 
 
 def test_what_the_command_cannot_do_is_said_before_the_work(command, monkeypatch):

@@ -452,7 +452,7 @@ print(json.dumps([*found, sorted(os.listdir()), text.getvalue().splitlines()]))
 """
 
 
-def test_four_files_alone_train_a_network_as_the_docstring_says(demo, tmp_path):
+def test_five_files_alone_train_a_network_as_the_docstring_says(demo, tmp_path):
     folder = tmp_path / "imagenette2-160"
     shutil.copytree(demo, folder, ignore=PHOTOS_ALONE)
     (tmp_path / "alone").mkdir()
@@ -469,12 +469,12 @@ def test_four_files_alone_train_a_network_as_the_docstring_says(demo, tmp_path):
     assert alone.returncode == 0, alone.stderr
     file, project, there, printed = json.loads(alone.stdout)
     assert file == str(tmp_path / "alone" / "train.py")
-    assert project == ["data", "models", "optim"] and there == sorted(CORE)
+    assert project == ["data", "models", "optim", "recorded"] and there == sorted(CORE)
     rows = [ast.literal_eval(line) for line in printed]
     assert [row["epoch"] for row in rows] == [1, 2] and rows[1]["train_loss"] > 0
     command = subprocess.run([sys.executable, "-B", "train.py", "cnn"], **options)
     assert command.returncode == 2 and "Traceback" not in command.stderr
-    assert command.stderr.startswith("train.py: launch.py is missing")
+    assert command.stderr.startswith("train.py: No module named 'launch'")
 
 
 @pytest.mark.parametrize(("goes_on", "weights"), [(False, None), (True, None), (True, "imagenet")])
