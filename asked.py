@@ -115,6 +115,12 @@ def name_of(path):
     return "-".join([*folders, *own]) or path.parent.name
 
 
+def plain(word):
+    """A word as part of a file's name; where other signs are lost than spaces, with a hash."""
+    lost = "" if re.fullmatch(r"[\w \-]*", word) else hashlib.sha256(word.encode()).hexdigest()[:4]
+    return re.sub(r"\W+", "-", word) + lost
+
+
 def explanation_names(photos, models, words, out):
     """Where the picture of each of `photos` goes: `out`, or in the folder `out`, named after it,
     the networks, and `words`."""
@@ -125,7 +131,7 @@ def explanation_names(photos, models, words, out):
                              "--out")
         names = [out]
     else:
-        shown = "-".join([*map(name_of, models), *(re.sub(r"\W+", "-", word) for word in words)])
+        shown = "-".join([*map(name_of, models), *map(plain, words)])
         stems = [f"{os.fsencode(photo.stem)[:100].decode(errors='ignore')}-{shown[:140]}"
                  for photo in photos]
         numbers = [stems[:i].count(stem) + 1 for i, stem in enumerate(stems)]  # of equal names

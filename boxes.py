@@ -37,13 +37,22 @@ def read_lines(path, form):
             yield number, Path(file).stem, [int(value) for value in values]
 
 
+def read_sizes(path):
+    """{NAME: [width, height]} of a file of sizes. Raises ValueError: two of one NAME."""
+    sizes = {}
+    for number, name, size in read_lines(path, "val/NAME.JPEG,width,height"):
+        if sizes.setdefault(name, size) != size:
+            raise ValueError(f"{path}, line {number}: {name} has another size above: rename one "
+                             "of the photos")
+    return sizes
+
+
 def read_boxes(localization, image_sizes):
     """{NAME: (n, 4)} from the two files of wsolevaluation, whose x1 and y1 are a box's last pixel.
 
     What reaches out of the photo is cut off. Raises ValueError: nothing is left, or no such lines.
     """
-    sizes = {name: size for _, name, size in read_lines(image_sizes, "val/NAME.JPEG,width,height")}
-    boxes = {}
+    sizes, boxes = read_sizes(image_sizes), {}
     for number, name, (x0, y0, x1, y1) in read_lines(localization, "val/NAME.JPEG,x0,y0,x1,y1"):
         if name not in sizes:
             raise ValueError(f"{localization}, line {number}: {image_sizes} has no size for {name}")
@@ -65,15 +74,27 @@ def with_boxes(photos, boxes, most=None):
     return photos.subset(drawn), [boxes[stems[i]] for i in drawn]
 
 
+def check_upright(photos, sizes, source):
+    """Raise ValueError where photos are turned (EXIF), and their boxes, by their sizes, are not."""
+    for name, height, width in zip(photos.names, photos.height, photos.width, strict=True):
+        listed_width, listed_height = sizes[Path(name).stem]
+        if (width - height) * (listed_width - listed_height) < 0:
+            raise ValueError(f"{name} is turned as its EXIF block says, to {int(width)} x "
+                             f"{int(height)}, and {source} is of {listed_width} x "
+                             f"{listed_height}: turn its boxes as well")
+
+
 def load_boxes(folder, named, val):
     """[(Photos, boxes)] of val and of train, as far as there are boxes; what is missing, or "".
 
     named: the folder of boxes that the user names, or None: the data's own, if it has some.
     """
-    source, boxes = Path(named or folder), {}
+    source, boxes, sizes = Path(named or folder), {}, {}
     if named or (source / "localization.txt").exists():
         boxes = read_boxes(source / "localization.txt", source / "image_sizes.txt")
+        sizes = read_sizes(source / "image_sizes.txt")
     of_val = with_boxes(val, boxes)
+    check_upright(of_val[0], sizes, source)
     if named and not of_val[1]:
         raise ValueError(f"{source} has no boxes of photos in {folder}'s val: name other boxes "
                          "(--boxes)")
@@ -86,6 +107,7 @@ def load_boxes(folder, named, val):
         raise ValueError(f"{source} has boxes of {twice}, but several photos in {folder} are named "
                          "so: rename them")
     of_train = with_boxes(train, boxes, TRAIN_BOXES)
+    check_upright(of_train[0], sizes, source)
     if not of_train[1]:
         return [of_val], f"{source} has no boxes of train: thresholds are fitted on val's alone"
     return [of_val, of_train], ""

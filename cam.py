@@ -68,8 +68,9 @@ def check_identity(maps, logits, bias=None):
     error = (means - logits.detach()).abs().max()
     largest = max(maps.detach().abs().max(), logits.detach().abs().max())  # rounding grows with it
     if not error < tolerance * (1 + largest):  # NaN is refused too
-        raise ValueError(f"the maps miss the logits by {error:.2g}: this network's score is not "
-                         "the mean of a map plus a bias, or it holds numbers that are not finite")
+        raise ValueError(f"the maps miss the logits by {error:.2g}: these are not their mean plus "
+                         "a bias (is the last activation a function? make it a module, to be "
+                         "seen), or they hold numbers that are not finite")
 
 
 @torch.no_grad()
@@ -91,25 +92,23 @@ def ask(network, images):
     network = getattr(network, "_orig_mod", network)  # of torch.compile, which leaves hooks out
     refusal = ValueError(f"a {type(network).__name__} has no maps: it needs features (N, C, h, w), "
                          "their mean over places, and a linear head on that")
-    if not any(isinstance(module, nn.Linear) for module in network.modules()):
+    widths = {m.in_features for m in network.modules() if isinstance(m, nn.Linear)}
+    if not widths:
         raise refusal
-    head = vector = None  # the last linear layer that is asked, and what it is asked, (N, C)
-    found = {}  # channels -> the last output of as many, (N, C, h, w)
+    heads = []  # linear layers in the order in which they are asked: layer, input, output
+    found = {}  # channels C that a linear layer takes -> the last output (N, C, h, w)
 
     def keep(module, inputs, output):
         """Note what a module was asked and said, if it may be the head or the features."""
-        nonlocal head, vector
         if isinstance(module, nn.Linear):
-            head, vector = module, inputs[0]
-        elif torch.is_tensor(output) and output.dim() == 4:
+            heads.append((module, inputs[0], output))
+        elif torch.is_tensor(output) and output.dim() == 4 and output.shape[1] in widths:
             earlier = found.get(output.shape[1])  # a pooled one (1 x 1) replaces no larger one
             if earlier is None or output[0, 0].numel() > 1 or earlier[0, 0].numel() == 1:
                 found[output.shape[1]] = output
 
     training = [module for module in network.modules() if module.training]
-    parts = dict(network.named_children())
-    asked = parts.values() if list(parts) == ["features", "head"] else network.modules()
-    hooks = [module.register_forward_hook(keep) for module in asked]
+    hooks = [module.register_forward_hook(keep) for module in network.modules()]
     try:
         logits = network.eval()(images)
     finally:
@@ -117,6 +116,8 @@ def ask(network, images):
             hook.remove()
         for module in training:  # eval() is for all modules, and a frozen one was in it before
             module.training = True
+    # The head is the layer that says the logits: others may be asked after it.
+    *_, (head, vector, _) = [part for part in heads if part[2] is logits] or heads or [3 * [None]]
     features = found.get(vector.shape[-1]) if head else None
     if features is None or not torch.is_tensor(logits):
         raise refusal

@@ -93,7 +93,8 @@ class Photos:
         return hashlib.blake2b(json.dumps(facts).encode(), digest_size=16).hexdigest()
 
     def subset(self, index):
-        """The photos of `index` (N',) int64; the pixels are shared."""
+        """The photos of `index`, (N',) int64, or (N,) bool; the pixels are shared."""
+        index = index.nonzero()[:, 0] if index.dtype == torch.bool else index
         chosen = index.tolist()
         return replace(self, start=self.start[index], height=self.height[index],
                        width=self.width[index], labels=self.labels[index],
@@ -129,7 +130,8 @@ def first_pixels(height, width):
 def from_arrays(images, labels=None):
     """Photos of uint8 tensors or arrays (H, W, 3), or of PIL images, of any sizes; label 0 unless
     given, classes called by their numbers. Raises ValueError: other shapes, types, or labels."""
-    images = [to_rgb(image) if isinstance(image, Image.Image) else image for image in images]
+    images = [to_rgb(upright(image)) if isinstance(image, Image.Image) else image
+              for image in images]
     images = [torch.as_tensor(image if torch.is_tensor(image) else np.array(image))
               for image in images]
     for i, image in enumerate(images):
@@ -419,6 +421,8 @@ def read_photo(path, side):
         raw = Path(path).read_bytes()
         return (decode(io.BytesIO(raw), path, side),
                 hashlib.blake2b(raw, digest_size=8).hexdigest())
+    except (FileNotFoundError, PermissionError) as error:
+        return ValueError(f"{path} cannot be read ({error.strerror}): replace or remove it"), ""
     except (ValueError, OSError, MemoryError) as error:
         return error, ""
 
@@ -448,9 +452,9 @@ def pack(file, paths, names, labels, side=SHORT_SIDE, skip_bad=False, key="", wa
     with closing(decode_all(paths, side)) as decoded:
         photos = zip(paths, names, labels, decoded, strict=True)
         for path, name, label, (image, digest) in watch(photos):
-            if isinstance(image, ValueError | FileNotFoundError | PermissionError):
+            if isinstance(image, ValueError):
                 if not skip_bad:
-                    raise ValueError(str(image)) from image
+                    raise image
                 index["bad"].append(str(path))
                 continue
             if isinstance(image, Exception):  # what the machine lacks is no damage of the photo
@@ -501,7 +505,7 @@ def class_folders(folder):
     classes, others, start = {}, [], len(os.path.join(folder, ""))
     for label in sorted(subfolders(folder)):
         classes[label] = {}
-        for place, inside, files in sorted(os.walk(os.path.join(folder, label))):
+        for place, inside, files in sorted(os.walk(os.path.join(folder, label), onerror=fail)):
             linked = (os.path.join(place, name) for name in inside)  # not followed: they may loop
             others += [path for path in linked if os.path.islink(path)]
             for path in (os.path.join(place, file) for file in sorted(files)):
@@ -512,6 +516,11 @@ def class_folders(folder):
                 else:
                     others.append(path)
     return classes, others
+
+
+def fail(error):
+    """Raise the OSError that os.walk would pass over."""
+    raise error
 
 
 def subfolders(folder):

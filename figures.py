@@ -86,23 +86,20 @@ def one_of_each_class(folder, seed, loaded, wanted=None):
     facts = loaded[0][1]
     val, classes = load_val(folder, facts), list(facts["classes"])
     generator = torch.Generator().manual_seed(seed)
-    names = asked.known_classes(wanted, classes) if wanted else classes[:MOST_CLASSES]
-    if len(names) < len(classes) and not wanted:
-        print(f"the first {len(names)} of {len(classes)} classes are shown: --classes chooses "
+    there = [classes[k] for k in val.labels.unique()]
+    names = asked.known_classes(wanted, classes) if wanted else there[:MOST_CLASSES]
+    if absent := set(names if wanted else classes).difference(there):
+        say = f"there is no val photo of {data.first_names(absent)}"
+        if wanted:
+            raise ValueError(f"{say}: choose others with --classes")
+        print(say, file=sys.stderr)
+    if len(names) < len(there) and not wanted:
+        print(f"the first {len(names)} of {len(there)} classes are shown: --classes chooses "
               "others", file=sys.stderr)
-    shown, there = [], []
-    for name in names:
-        (of_class,) = torch.where(val.labels == classes.index(name))
-        if len(of_class):
-            chosen = torch.randint(len(of_class), (), generator=generator)
-            shown.append(int(of_class[chosen]))
-            there.append(name)
-        elif wanted:
-            raise ValueError(f"there is no val photo of {name}: choose others with --classes")
-        else:
-            print(f"{name} is not shown, for there is no val photo of it", file=sys.stderr)
+    of_class = [torch.where(val.labels == classes.index(name))[0] for name in names]
+    shown = [int(index[torch.randint(len(index), (), generator=generator)]) for index in of_class]
     say_trained_on(val.subset(torch.tensor(shown)), loaded)
-    return [val[i] for i in shown], there
+    return [val[i] for i in shown], names
 
 
 # ---------------------------------------------------------------- maps
@@ -247,7 +244,7 @@ def explain(options):
         raise ValueError("explain needs a photo: python cam.py explain photo.jpg")
     paths = asked.photo_files(options.photos)
     models = options.models or asked.default_checkpoints(CHECKPOINTS[-1:])
-    words = [*(options.contrast or ()), *options.classes]
+    words = [*options.classes, *([" minus ".join(options.contrast)] if options.contrast else [])]
     outs = asked.explanation_names(paths, [*models, *(options.weights or ())], words, options.out)
     asked.refuse_overwriting(outs, paths)
     loaded = asked.load_networks(options, models)
@@ -343,13 +340,14 @@ def parse_command_line(arguments):
     first = f"checkpoint, or a network of torchvision's, resnet18; without it, {CHECKPOINTS[-1]}"
     add = add_command(commands, figure, "photos, and under them the maps of each network",
                       "figures/figure.png")
-    add("--models", nargs="+", type=files.path,
+    add("--models", nargs="+", action="extend", type=files.path,
         help=f"checkpoints, a row of maps for each; without it, {' '.join(CHECKPOINTS)}")
-    add("--classes", nargs="+", help="which classes to show of val, in this order")
-    add("--images", nargs="+", type=files.path,
+    add("--classes", nargs="+", action="extend", help="which classes to show of val, in this order")
+    add("--images", nargs="+", action="extend", type=files.path,
         help="photos of your own, folders or quoted patterns, instead of those of val")
-    add("--titles", nargs="+", help="a title for each of --images")
-    add("--truth", nargs="+", help="what is there: a class for each of --images, or one for all")
+    add("--titles", nargs="+", action="extend", help="a title for each of --images")
+    add("--truth", nargs="+", action="extend",
+        help="what is there: a class for each of --images, or one for all")
     add("--seed", type=files.between(0, 2**63 - 1), default=0, help="chooses the photos out of val")
     add = add_command(commands, explain, "the top classes of any photo, or of a folder of them",
                       "figures")
@@ -359,16 +357,16 @@ def parse_command_line(arguments):
     add("--top", type=files.between(1, 10), default=3, help="classes to show")
     add("--class", dest="classes", action="append", default=[], metavar="NAME",
         help="show this class as well, by its name or number; repeat it for several")
-    add("--contrast", nargs=2, metavar=("A", "B"),
+    add("--contrast", nargs=2, action=files.Once, metavar=("A", "B"),
         help="two classes: also show what speaks for A and against B")
     add = add_command(commands, gallery, "the most confident mistakes on val",
                       "figures/gallery.png")
-    add("--model", type=files.path, help=first)
+    add("--model", action=files.Once, type=files.path, help=first)
     add("--count", type=files.between(1, MOST_PHOTOS), default=10, help="mistakes to show")
     add = add_command(commands, predict, "a table of the top classes of photos, their maps as "
                       "numbers", "figures/predictions.csv")
     add("photos", nargs="+", type=files.path, help="photos, folders or quoted patterns")
-    add("--model", type=files.path, help=first)
+    add("--model", action=files.Once, type=files.path, help=first)
     add("--top", type=files.between(1), default=3, help="classes of a photo")
     add("--maps", metavar="FILE", type=files.path, help="the maps of all classes, .npz")
     return parser.parse_args(arguments)

@@ -12,9 +12,9 @@ file; `python -X dev` shows where it was raised.
 
 import argparse
 import contextlib
-import glob
 import math
 import os
+import re
 import shutil
 import signal
 import sys
@@ -70,13 +70,13 @@ def make_writable(folder, advice):
         raise ValueError(f"{folder} cannot be written to ({reason}): {advice}")
 
 
-def check_place(path):
-    """Raise ValueError, before any work, where no file can be written at `path`."""
+def check_place(path, option="--out"):
+    """Raise ValueError, before any work, where no file can be written at `path`, of an option."""
     there = next(above for above in Path(path).absolute().parents if above.exists())
     if not (there.is_dir() and os.access(there, os.W_OK)):
         reason = "is read-only" if there.is_dir() else "is no folder that takes files"
         raise ValueError(f"{path} cannot be written, for {there} {reason}: name another place with "
-                         "--out")
+                         f"{option}")
 
 
 @contextlib.contextmanager
@@ -90,8 +90,9 @@ def lock(path, wait=True):
         try:
             if fcntl:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                left = f"{glob.escape(Path(path).name)}.[0-9]*.part"
-                for part in Path(path).parent.glob(left):
+                left = re.compile(re.escape(Path(path).name) + r"\.\d+\.part")
+                for part in filter(lambda part: left.fullmatch(part.name),
+                                   [*Path(path).parent.iterdir()]):
                     shutil.rmtree(part) if part.is_dir() else part.unlink()
         except BlockingIOError:
             if not wait:
@@ -151,6 +152,15 @@ def between(low, high=math.inf, kind=int):
     return parse
 
 
+class Once(argparse.Action):
+    """An argparse action: one value, and a sentence where a second would replace it."""
+
+    def __call__(self, parser, options, value, option=None):
+        if getattr(options, self.dest) is not None:
+            parser.error(f"{option} is given twice, and takes one: leave one out")
+        setattr(options, self.dest, value)
+
+
 def sizes(text):
     """An argparse type: different sizes in px, "224,320", as an ascending tuple."""
     parsed = [between(1, 4096)(size) for size in text.split(",")]
@@ -185,6 +195,8 @@ def run_command(function, *arguments, out_of_memory="use smaller images",
             if not any(words in repr(error) for words in NO_MEMORY):
                 raise
             message = f"not enough memory ({error!r:.100}): {out_of_memory}"
+        elif isinstance(error, PermissionError) and error.filename:
+            message = f"{error.filename}: permission denied: make it accessible, or name another"
         if sys.flags.dev_mode:
             traceback.print_exc()
     print(f"{script}: {message}", file=sys.stderr)

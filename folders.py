@@ -73,7 +73,7 @@ def split_folders(folder):
     val = [by_name[name] for name in VAL_NAMES if name in by_name]
     if val and not train:
         raise ValueError(f"{folder / 'train'} is missing, beside {val[0].name}/: it holds a folder "
-                         "for each class")
+                         f"for each class ({val[0].name} too, if that is one)")
     return (train or [folder])[0], val
 
 
@@ -119,6 +119,9 @@ def where_photos_lie(folder):
               if any(data.is_photo(name) for name in names)]
     if not places:
         return ""
+    if places[0] == folder and folder.name.lower() in TRAIN_NAMES:
+        return (f"; photos lie in it: give those of each class a folder, or, if {folder.name} is a "
+                "class, move all class folders into a new folder called train")
     ((parent, count),) = Counter(place.parent for place in places).most_common(1)
     if parent == folder:
         return ""

@@ -29,7 +29,7 @@ def plant(photos, marked, seed):
     for i in marked.nonzero()[:, 0].tolist():
         height, width, _ = images[i].shape
         larger, v, u, yellow, black = torch.rand(5, generator=generator).tolist()
-        side = round((SIDE[0] + (SIDE[1] - SIDE[0]) * larger) * min(height, width))
+        side = max(2, round((SIDE[0] + (SIDE[1] - SIDE[0]) * larger) * min(height, width)))
         edge = round(EDGE * min(height, width))
         y, x = (edge + round(w * (n - side - 2 * edge)) for w, n in ((v, height), (u, width)))
         half = torch.arange(side) < side / 2

@@ -248,9 +248,10 @@ def read_weights(weights, arch):
     if isinstance(state, dict) and state.get("format") == FORMAT:
         raise ValueError(f"{weights} is a checkpoint of this project, no file of weights: cam.py "
                          "takes it with --model, and a training goes on with its own by itself")
-    wrappers = {"state_dict", "model", "model_state_dict"}
-    while isinstance(state, dict) and (inner := wrappers & state.keys()):
-        state = state[min(inner)]
+    wrappers = "model", "model_state_dict", "state_dict"
+    while isinstance(state, dict) and (
+            inner := [key for key in wrappers if isinstance(state.get(key), dict)]):
+        state = state[inner[0]]
     if not (isinstance(state, dict) and state and all(
             isinstance(k, str) and isinstance(v, torch.Tensor) and v.layout == torch.strided
             for k, v in state.items())):

@@ -392,15 +392,16 @@ def confusion_picture(matrix, classes, title, dpi=300, font=None):
     return picture
 
 
-def check_picture_name(path, kinds=PICTURES):
-    """Raise ValueError, before any work, for a name under which no picture can be written."""
+def check_picture_name(path, kinds=PICTURES, option="--out"):
+    """Raise ValueError, before any work, for a name under which no picture can be written.
+    option: which names it."""
     path = Path(path)
     if path.suffix.lower() not in kinds:
         listed = " or ".join(filter(None, (", ".join(kinds[:-1]), kinds[-1])))
         raise ValueError(f"{path} cannot be written: name a file that ends in {listed}")
     if path.is_dir():
         raise ValueError(f"{path} is a folder: name a file in it, {path / f'figure{kinds[0]}'}")
-    files.check_place(path)
+    files.check_place(path, option)
 
 
 def save_picture(image, path):

@@ -29,7 +29,7 @@ def predict(options):
     """A table of what a network says of photos and, if asked for, a file of its maps."""
     page.check_picture_name(options.out, (".csv",))
     if options.maps:
-        page.check_picture_name(options.maps, (".npz",))
+        page.check_picture_name(options.maps, (".npz",), "--maps")
     paths = asked.photo_files(options.photos)
     models = [options.model] if options.model else asked.default_checkpoints(asked.CHECKPOINTS[-1:])
     ((network, facts),) = asked.load_networks(options, models)

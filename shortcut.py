@@ -171,11 +171,17 @@ def main(arguments=None):
     add("--data", default=DRAWN, type=files.path, help="folder or archive of photos; drawn here")
     add("--share", default=0.95, type=files.between(0, 1, float), help="of a class that is marked")
     add("--arch", default="cnn", help="the cnn, or a frozen network, of which the head is trained")
-    add("--weights", default="imagenet", help="of a frozen network: imagenet, none or a file")
+    add("--weights", type=os.path.expanduser, default="imagenet",
+        help="of a frozen network: imagenet, none or a file")
     add("--epochs", type=files.between(1), help="of training; train.py's, but 1 on drawn photos")
     add("--seeds", default=1, type=files.between(1, 3), help="networks of each kind")
     add("--out", default="figures/shortcut", help="tables and picture, without suffix")
-    files.run_command(run, parser.parse_args(arguments), out_of_memory="name fewer photos",
+    options = parser.parse_args(arguments)
+    if not options.weights:  # of a variable that is not set, perhaps
+        parser.error("--weights is empty: name a file, imagenet or none, or leave it out")
+    if options.arch == "cnn" and options.weights != "imagenet":
+        parser.error("--weights is of a frozen network: leave it out for the cnn")
+    files.run_command(run, options, out_of_memory="name fewer photos",
                       interrupted="nothing is written")
 
 

@@ -6,7 +6,8 @@ import pytest
 import torch
 from conftest import REPO
 
-from boxes import read_boxes
+import data
+from boxes import load_boxes, read_boxes
 
 BOXES = REPO.parent / "shared" / "boxes"
 
@@ -50,6 +51,19 @@ def test_a_bad_line_is_refused_by_file_and_number(tmp_path, line, message):
     with pytest.raises(ValueError, match=message) as error:
         read_boxes(*paths)
     assert f"{paths[0]}, line 2:" in str(error.value)
+
+
+def test_sizes_of_photos_that_are_told_apart_by_their_suffix_alone(tmp_path):
+    paths = write(tmp_path, "val/a.1,0,0,9,9\n", "val/a.1,100,50\nval/a.1,100,50\nval/a.2,50,50\n")
+    with pytest.raises(ValueError, match="line 3: a has another size above"):
+        read_boxes(*paths)
+
+
+def test_boxes_of_photos_that_are_turned_are_refused(tmp_path):
+    write(tmp_path, "val/0.JPEG,0,0,9,9\n", "val/0.JPEG,60,40\n")
+    photos = data.from_arrays([torch.zeros(60, 40, 3, dtype=torch.uint8)])
+    with pytest.raises(ValueError, match="0 is turned .* to 40 x 60, and .* is of 60 x 40"):
+        load_boxes(tmp_path, tmp_path, photos)
 
 
 def test_bad_files_are_refused(tmp_path):

@@ -447,12 +447,12 @@ cam.check_identity(maps, network.head(features.mean((2, 3))), network.head.bias)
 
 SNIPPET = """
 import torchvision, cam
-from PIL import Image
+from PIL import Image, ImageOps
 
 weights = torchvision.models.ResNet18_Weights.DEFAULT
 network = torchvision.models.resnet18(weights=weights)
 
-photo = Image.open("photo.jpg").convert("RGB")
+photo = ImageOps.exif_transpose(Image.open("photo.jpg")).convert("RGB")
 image = weights.transforms(resize_size=224)(photo.resize((224, 224)))  # the whole photo
 maps, logits = cam.explain(network, image[None])  # (1, 1000, 7, 7), in logits; (1, 1000)
 best = maps[0, logits[0].argmax()]
@@ -619,6 +619,39 @@ def test_explain_sees_what_lies_between_features_and_head():
     for network in (Network(), swin):
         maps, logits = cam.explain(network, torch.randn(2, 3, 64, 96, generator=seeded()))
         assert torch.allclose(maps.mean((2, 3)) + network.head.bias, logits, atol=1e-4)
+
+
+class Pooled(nn.Module):
+    """Pooling stands in `features`, and another linear layer is asked after the head."""
+
+    def __init__(self):
+        super().__init__()
+        self.features = nn.Sequential(nn.Conv2d(3, 8, 8, 8), nn.ReLU(), nn.AdaptiveAvgPool2d(1))
+        self.head = nn.Linear(8, 5)
+
+    def forward(self, x):
+        return self.head(self.features(x).flatten(1))
+
+
+class Projected(Pooled):
+    def __init__(self):
+        super().__init__()
+        self.project = nn.Linear(8, 2)
+
+    def forward(self, x):
+        logits = super().forward(x)
+        self.projected = self.project(self.features(x).flatten(1))
+        return logits
+
+
+@pytest.mark.parametrize("kind", [Pooled, Projected])
+def test_explain_sees_what_is_pooled_in_features_and_which_layer_says_the_logits(kind):
+    torch.manual_seed(0)
+    network, images = kind(), torch.randn(2, 3, 48, 64, generator=seeded())
+    maps, logits = cam.explain(network, images)
+    assert maps.shape == (2, 5, 6, 8) and torch.equal(logits, network(images))
+    expected = cam.class_activation_maps(network.features[:2](images), network.head.weight)
+    assert torch.allclose(maps, expected, atol=1e-6)
 
 
 @pytest.mark.parametrize(("make", "words"), [

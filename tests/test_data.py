@@ -24,7 +24,7 @@ from conftest import (
     on_fake_cuda,
     refused,
 )
-from PIL import Image, ImageFile
+from PIL import ExifTags, Image, ImageFile
 
 import data
 import folders
@@ -85,6 +85,33 @@ def test_labels_that_are_not_of_these_photos_are_refused(labels):
         data.from_arrays([])
     assert data.from_arrays([noise(6, 4)], torch.tensor([1], dtype=torch.int32)).labels.dtype == (
         torch.int64)
+
+
+def test_a_picture_in_memory_is_turned_as_its_file_says(tmp_path):
+    image = Image.fromarray(noise(6, 4))
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6
+    image.save(tmp_path / "a.png", exif=exif)
+    with Image.open(tmp_path / "a.png") as stored:
+        (photo,) = data.from_arrays([stored])
+    assert np.array_equal(photo, data.decode(tmp_path / "a.png")) and photo.shape == (4, 6, 3)
+
+
+def test_a_subset_by_a_mask():
+    photos = data.from_arrays([noise(6, 4)] * 4, [0, 2, 1, 2])
+    chosen = photos.subset(photos.labels == 2)
+    assert chosen.names == ["1", "3"] and chosen.labels.tolist() == [2, 2]
+
+
+def test_a_class_folder_that_cannot_be_read_is_named(tmp_path, monkeypatch):
+    (tmp_path / "train" / "cat").mkdir(parents=True)
+
+    def closed(folder, onerror):
+        return onerror(PermissionError(13, "Permission denied", str(folder)))
+
+    monkeypatch.setattr(os, "walk", closed)
+    with pytest.raises(PermissionError, match="cat"):
+        data.class_folders(tmp_path / "train")
 
 
 def test_subset_shares_the_pixels():

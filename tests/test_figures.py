@@ -114,6 +114,17 @@ def test_default_photos_are_one_of_each_class_and_always_the_same(demo):
     assert names == ["church", "tench"] and len(chosen) == 2
 
 
+def test_photos_are_of_the_first_classes_that_val_has(demo, monkeypatch, capsys):
+    val = folders.load(demo, "val")
+    monkeypatch.setattr(figures, "MOST_CLASSES", 1)
+    monkeypatch.setattr(figures, "load_val", lambda *_: val.subset(val.labels >= 8))
+    photos, names = figures.one_of_each_class(demo, 0, [(None, dict(classes=CLASSES))])
+    assert len(photos) == 1 and names == CLASSES[8:9]
+    said = capsys.readouterr().err
+    assert "the first 1 of 2 classes are shown" in said
+    assert f"there is no val photo of {', '.join(sorted(CLASSES[:8])[:5])}, ..." in said
+
+
 def test_classes_to_show_are_chosen_and_refused_by_name(call, demo, one, seen):
     what = ["figure", "--models", one, "--data", demo, "--dpi", 40, "--classes"]
     assert call(*what, "church", "tench").returncode == 0

@@ -110,7 +110,8 @@ def test_what_a_killed_process_left_of_a_file_is_removed_and_nothing_else(tmp_pa
     (tmp_path / "a[1].7.part").mkdir()
     (tmp_path / "a[1].7.part" / "photo").write_bytes(b"half of it")
     (tmp_path / "a[1].8.part").write_bytes(b"half of it")
-    others = ["a[1]", "a[1].mine.part", "a1.7.part", "b.7.part"]
+    others = ["a[1]", "a[1].mine.part", "a1.7.part", "b.7.part", "a[1].2024.7.part",
+              "a[1].1st.part"]
     for name in others:
         (tmp_path / name).write_bytes(b"")
     with files.lock(tmp_path / "a[1]"):
@@ -243,6 +244,8 @@ def test_what_a_user_can_mend_is_one_sentence(ended):
         2, "score.py: --lr is odd: use another\n")
     missing = FileNotFoundError(2, "No such file or directory", "a.csv")
     assert ended(missing) == (2, "score.py: [Errno 2] No such file or directory: 'a.csv'\n")
+    status, text = ended(PermissionError(13, "Permission denied", "runs"))
+    assert status == 2 and text.startswith("score.py: runs: permission denied: make it accessible")
 
 
 def test_ctrl_c_says_what_is_left(ended):

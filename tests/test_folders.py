@@ -283,7 +283,7 @@ def test_a_photo_that_cannot_be_read_is_like_a_damaged_one(small, monkeypatch):
         return read(path)
 
     monkeypatch.setattr(Path, "read_bytes", refuse)
-    with pytest.raises(ValueError, match=f"Permission denied.*{TENCH}/0.png.*--skip-bad"):
+    with pytest.raises(ValueError, match=f"{TENCH}/0.png cannot be read .Permission denied.*--skip-bad"):
         folders.load(small, "train")
     assert len(folders.load(small, "train", skip_bad=True)) == 19
 

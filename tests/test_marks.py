@@ -54,6 +54,12 @@ def test_marks_are_never_at_the_same_place_and_a_seed_decides_where(photos):
     assert not torch.equal(marks.plant(many, everywhere, seed=4)[1], boxes)
 
 
+def test_a_mark_is_seen_in_the_smallest_photos():
+    small = data.from_arrays([torch.full((8, 8, 3), 128, dtype=torch.uint8)] * 20)
+    changed, _ = marks.plant(small, torch.ones(20, dtype=torch.bool), seed=0)
+    assert all((changed[i] != small[i]).sum() >= 12 for i in range(20))  # 2 x 2 pixels of 3
+
+
 def test_the_cells_that_a_mark_touches():
     boxes = torch.tensor([[0.5, 0.25, 0.75, 0.5], [0.45, 0.0, 0.55, 0.1]])
     expected = torch.zeros(2, 4, 4, dtype=torch.bool)

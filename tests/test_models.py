@@ -686,7 +686,8 @@ def test_a_last_layer_of_another_shape_is_refused(tmp_path, weight, bias):
 def test_weights_in_other_wrappers_are_taken_and_checkpoints_named(tmp_path):
     own = torchvision_models.resnet18().state_dict()
     lightning = {"state_dict": {f"model.{name}": tensor for name, tensor in own.items()}}
-    for wrapped in ({"model_state_dict": own, "epoch": 3}, lightning):
+    for wrapped in ({"model_state_dict": own, "epoch": 3}, lightning,
+                    {"model": "resnet18", "state_dict": own}):
         torch.save(wrapped, tmp_path / "file.pth")
         network = models.build("resnet18", weights=tmp_path / "file.pth")
         assert torch.equal(network.features.conv1.weight, own["conv1.weight"])

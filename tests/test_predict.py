@@ -90,6 +90,8 @@ def test_names_and_photos_that_will_not_do(call, one, tmp_path):
     assert refused(call("cam.py", "predict", "a.png", "--model", one, "--out", "a.txt"), ".csv")
     assert refused(call("cam.py", "predict", "a.png", "--model", one, "--maps", "a.csv"), ".npz")
     assert refused(call("cam.py", "predict", "a.png", "--model", one), "a.png does not exist")
+    two = call("cam.py", "predict", "a.png", "--model", one, "--model", one)
+    assert refused(two, "--model is given twice")
     assert call("cam.py", "predict").returncode == 2
 
 

@@ -76,6 +76,15 @@ def test_a_head_of_a_frozen_network(demo, tmp_path, monkeypatch, capsys):
     assert "The mark is the class, at 224 px" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(("arguments", "words"), [
+    (["--arch", "resnet18", "--weights", ""], "--weights is empty"),
+    (["--weights", "w.pth"], "leave it out for the cnn")])
+def test_weights_that_would_do_nothing_are_refused(arguments, words, capsys):
+    with pytest.raises(SystemExit) as stop:
+        shortcut.main(arguments)
+    assert stop.value.code == 2 and words in capsys.readouterr().err
+
+
 def test_what_cannot_be_written_is_refused_before_any_training(demo, tmp_path):
     with pytest.raises(SystemExit) as end:
         shortcut.main(["--data", str(demo), "--out", str(tmp_path)])
