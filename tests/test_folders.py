@@ -283,7 +283,8 @@ def test_a_photo_that_cannot_be_read_is_like_a_damaged_one(small, monkeypatch):
         return read(path)
 
     monkeypatch.setattr(Path, "read_bytes", refuse)
-    with pytest.raises(ValueError, match=f"{TENCH}/0.png cannot be read .Permission denied.*--skip-bad"):
+    words = f"{TENCH}/0.png cannot be read .Permission denied.*--skip-bad"
+    with pytest.raises(ValueError, match=words):
         folders.load(small, "train")
     assert len(folders.load(small, "train", skip_bad=True)) == 19
 
