@@ -47,12 +47,13 @@ def read_sizes(path):
     return sizes
 
 
-def read_boxes(localization, image_sizes):
+def read_boxes(localization, image_sizes, sizes=None):
     """{NAME: (n, 4)} from the two files of wsolevaluation, whose x1 and y1 are a box's last pixel.
 
-    What reaches out of the photo is cut off. Raises ValueError: nothing is left, or no such lines.
+    What reaches out of the photo is cut off. sizes: what `read_sizes` says of image_sizes, where it
+    is read already. Raises ValueError: nothing is left, or no such lines.
     """
-    sizes, boxes = read_sizes(image_sizes), {}
+    sizes, boxes = sizes or read_sizes(image_sizes), {}
     for number, name, (x0, y0, x1, y1) in read_lines(localization, "val/NAME.JPEG,x0,y0,x1,y1"):
         if name not in sizes:
             raise ValueError(f"{localization}, line {number}: {image_sizes} has no size for {name}")
@@ -91,8 +92,9 @@ def load_boxes(folder, named, val):
     """
     source, boxes, sizes = Path(named or folder), {}, {}
     if named or (source / "localization.txt").exists():
-        boxes = read_boxes(source / "localization.txt", source / "image_sizes.txt")
-        sizes = read_sizes(source / "image_sizes.txt")
+        localization, image_sizes = source / "localization.txt", source / "image_sizes.txt"
+        sizes = read_sizes(image_sizes)
+        boxes = read_boxes(localization, image_sizes, sizes)
     of_val = with_boxes(val, boxes)
     check_upright(of_val[0], sizes, source)
     if named and not of_val[1]:

@@ -117,9 +117,12 @@ def ask(network, images):
         for module in training:  # eval() is for all modules, and a frozen one was in it before
             module.training = True
     # The head is the layer that says the logits: others may be asked after it.
-    *_, (head, vector, _) = [part for part in heads if part[2] is logits] or heads or [3 * [None]]
-    features = found.get(vector.shape[-1]) if head else None
-    if features is None or not torch.is_tensor(logits):
+    heads = [part for part in heads if part[2] is logits] or heads
+    if not heads or not torch.is_tensor(logits):
+        raise refusal
+    head, vector, _ = heads[-1]
+    features = found.get(vector.shape[-1])
+    if features is None:
         raise refusal
     if vector.shape == features.shape[:2]:  # F.relu after the last module is seen by no hook:
         features = min(features, features.relu(),  # the features are what pools to the vector

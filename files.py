@@ -91,8 +91,7 @@ def lock(path, wait=True):
             if fcntl:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 left = re.compile(re.escape(Path(path).name) + r"\.\d+\.part")
-                for part in filter(lambda part: left.fullmatch(part.name),
-                                   [*Path(path).parent.iterdir()]):
+                for part in [p for p in Path(path).parent.iterdir() if left.fullmatch(p.name)]:
                     shutil.rmtree(part) if part.is_dir() else part.unlink()
         except BlockingIOError:
             if not wait:

@@ -151,6 +151,11 @@ def whiten(network, images, eps=1e-3):
 # ---------------------------------------------------------------- torchvision's networks
 
 
+def classifiers():
+    """The names of torchvision's networks that classify images."""
+    return torchvision_models.list_models(torchvision_models)
+
+
 def build(arch, classes=10, weights=None, width=192):
     """The network named `arch`: "cnn", or any torchvision classifier that CAM is exact for.
 
@@ -166,7 +171,7 @@ def build(arch, classes=10, weights=None, width=192):
         if classes is None:
             raise ValueError("the cnn has no trained last layer: say how many classes it knows")
         return cnn(classes, width)
-    if arch not in torchvision_models.list_models(torchvision_models):  # classifiers
+    if arch not in classifiers():
         raise ValueError(f"there is no network {arch!r}: try one of cnn, resnet18, resnet34, "
                          "resnet50, mobilenet_v2, efficientnet_b0, densenet121, regnet_y_400mf")
     original = torchvision_models.get_model(arch, weights=None)
@@ -226,15 +231,18 @@ def take_apart(network, arch):
     return apart
 
 
+def named_weights(weights, arch):
+    """torchvision's weights of `arch` that are called so, its best "imagenet"; None: a file's."""
+    named = torchvision_models.get_model_weights(arch).__members__
+    return named.get("DEFAULT" if str(weights) == "imagenet" else str(weights))
+
+
 def read_weights(weights, arch):
     """A state dict of `arch`: torchvision's, by its name, kept in torch's own cache, or a file's.
 
     What training scripts wrap around it is taken off: {"state_dict": ...}, "module." before names.
     """
-    named = torchvision_models.get_model_weights(arch)
-    name = "DEFAULT" if str(weights) == "imagenet" else str(weights)
-    if name in named.__members__:
-        entry = named[name]
+    if entry := named_weights(weights, arch):
         try:
             return entry.get_state_dict(check_hash=True)
         except (pickle.UnpicklingError, EOFError, RuntimeError, OSError) as error:
@@ -242,8 +250,9 @@ def read_weights(weights, arch):
                              f"{entry.url} elsewhere and name the file with --weights (WEIGHTS=)"
                              ) from error
     if not Path(weights).exists():
+        named = ", ".join(torchvision_models.get_model_weights(arch).__members__)
         raise ValueError(f"{weights} does not exist, and is no name of weights for {arch} "
-                         f"(imagenet, {', '.join(named.__members__)}): name one with --weights")
+                         f"(imagenet, {named}): name one with --weights")
     state = read(weights)
     if isinstance(state, dict) and state.get("format") == FORMAT:
         raise ValueError(f"{weights} is a checkpoint of this project, no file of weights: cam.py "
@@ -306,7 +315,7 @@ def read(path):
     if not path.is_file():
         what, run = "is a folder" if path.is_dir() else "does not exist", path.parent.name
         if path.name == "best.pt":
-            known = run in torchvision_models.list_models(torchvision_models)
+            known = run in classifiers()
             what += f" (`make {f'finetune ARCH={run}' if known else 'train-cnn'}` makes one)"
         raise ValueError(f"{path} {what}: name a file that is there")
     try:

@@ -15,7 +15,6 @@ import unicodedata
 from pathlib import Path
 
 import torch
-import torchvision
 
 import cam
 import data
@@ -59,7 +58,7 @@ def load_networks(paths, looks=None, device="cpu", weights=None, names=None):
     by_name = [path for path in paths if is_name(path)]
     for path in map(Path, paths):
         if path.name == str(path) and not (is_name(path) or path.exists() or path.suffix):
-            near = difflib.get_close_matches(path.name, classifiers())
+            near = difflib.get_close_matches(path.name, models.classifiers())
             raise ValueError(f"there is no file and no network of torchvision's called {path}: "
                              f"there are {', '.join(near or ['resnet18', 'mobilenet_v2'])}, ...")
     if weights and len(weights) != len(by_name) or names and not by_name:
@@ -80,14 +79,9 @@ def load_networks(paths, looks=None, device="cpu", weights=None, names=None):
     return loaded
 
 
-def classifiers():
-    """The names of torchvision's networks that classify images."""
-    return torchvision.models.list_models(torchvision.models)
-
-
 def is_name(path):
     """Whether a path is no file's, but the name of a classifier of torchvision's."""
-    return str(path) in classifiers() and not Path(path).is_file()
+    return str(path) in models.classifiers() and not Path(path).is_file()
 
 
 def load_from_torchvision(arch, weights=None, names=None, looks=None, device="cpu"):
@@ -98,10 +92,8 @@ def load_from_torchvision(arch, weights=None, names=None, looks=None, device="cp
     torchvision evaluates it. Raises ValueError.
     """
     arch = str(arch)  # of a command line's paths
-    named = torchvision.models.get_model_weights(arch)
-    name = "DEFAULT" if str(weights) in ("None", "imagenet") else str(weights)
-    by_name = name in named.__members__
-    entry = named[name] if by_name else named.DEFAULT
+    by_name = models.named_weights(weights or "imagenet", arch)
+    entry = by_name or models.named_weights("imagenet", arch)
     network = models.build(arch, None, entry.name if by_name else weights)
     evaluation = entry.transforms()
     looks = sorted(looks or evaluation.crop_size)

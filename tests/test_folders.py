@@ -747,7 +747,7 @@ def test_a_home_is_found(small, monkeypatch, capsys):
     monkeypatch.setenv("USERPROFILE", str(small.parent))
     assert folders.prepare("~/small") == small and len(folders.load("~/small", "val")) == 20
     assert folders.check("~/small")[1] == list(data.CLASSES)
-    assert command(monkeypatch, capsys, "~/small", "--root", "~/root")[0] == 0
+    assert command(monkeypatch, capsys, "~/small", "--root", "~/unpacked")[0] == 0
 
 
 def test_where_nothing_can_be_written_there_is_a_way_out(small, tmp_path, monkeypatch, capsys):
