@@ -60,7 +60,7 @@ class Recipe:
     plain_crop: bool = False
     holdout: float = 0.0  # share of train that is validated on, in place of val
     seed: int = 0
-    version: int = 7  # of what the fields do not say: network, optimiser, schedule, crops
+    version: int = 8  # of what the fields do not say: network, optimiser, schedule, crops
 
 
 DEFAULTS = {  # everything from random weights, the head of a pretrained network, or all its layers
@@ -118,10 +118,12 @@ def sides(recipe, epoch):
 
     Both grow in steps of 8 px (a cell of the cnn's map) from 3/4 of their final size, which they
     reach after 3/4 of the training: small crops are faster, and harder to learn by heart (Howard
-    2018; Tan & Le 2021).
+    2018; Tan & Le 2021). At the end crops are as large as photos in validation.
     """
     if recipe.plain_crop or recipe.training == "head":
         return recipe.crop, recipe.size
+    if at_the_end(recipe.epochs, epoch):
+        return recipe.size, recipe.size
     grown = 3 / 4 + (epoch + 1) / recipe.epochs / 3
     crop = whole_cells(grown * recipe.crop)
     if grown >= 1 or crop >= recipe.crop:
@@ -129,9 +131,16 @@ def sides(recipe, epoch):
     return crop, whole_cells(crop * recipe.size / recipe.crop)
 
 
-def least_area(epochs):
-    """The least share of a photo in a crop: 45 % in 5 epochs, 10 % in 100, which overfit more."""
-    return epochs**-0.5
+def at_the_end(epochs, epoch):
+    """Whether it is one of the last tenth, which learns from what validation and maps see: crops of
+    their size, nearly whole photos (after Touvron et al. 2019)."""
+    return epoch >= epochs - epochs // 10
+
+
+def least_area(epochs, epoch=0):
+    """The least share of a photo in an epoch's crops: 45 % in 5 epochs, 10 % in 100, which overfit
+    more; at the end half."""
+    return 0.5 if at_the_end(epochs, epoch) else epochs**-0.5
 
 
 def matching_size(crop, epochs):
@@ -320,9 +329,9 @@ def epoch_batches(recipe, photos, epoch, products):
     rank, world = processes()
     generator = torch.Generator().manual_seed(epoch_seed(recipe, epoch))
     if recipe.training != "head":
-        yield from data.train_batches(photos, sides(recipe, epoch)[0], recipe.batch_size, generator,
-                                      least_area(recipe.epochs), recipe.plain_crop, (rank, world),
-                                      products)
+        side, area = sides(recipe, epoch)[0], least_area(recipe.epochs, epoch)
+        yield from data.train_batches(photos, side, recipe.batch_size, generator, area,
+                                      recipe.plain_crop, (rank, world), products)
         return
     for index in data.shuffled(len(photos.labels), recipe.batch_size, generator):
         index = index[rank::world].to(photos.device)

@@ -93,8 +93,8 @@ def test_crops_grow_to_their_side_and_photos_in_validation_with_them():
         return [train.sides(recipe, epoch) for epoch in range(epochs)]
 
     found = sides(100)
-    assert found == sorted(found) and set(found) == {(48, 72), (56, 80), (64, 96)}
-    assert found[0] == (48, 72) and found[74:] == [(64, 96)] * 26
+    assert found == sorted(found) and set(found) == {(48, 72), (56, 80), (64, 96), (96, 96)}
+    assert found[0] == (48, 72) and found[74:] == [(64, 96)] * 16 + [(96, 96)] * 10
     assert sides(1) == [(64, 64)]
     assert [crop for crop, _ in sides(5, crop=128, size=128)] == [104, 112, 120, 128, 128]
     assert sides(100, crop=20, size=20)[0] == (16, 16)
@@ -130,6 +130,9 @@ def test_the_longer_a_training_the_less_of_a_photo_a_crop_shows(photos, monkeypa
         list(train.epoch_batches(small_recipe(epochs=epochs), photos, 0, torch.float32))
         assert areas[-1] == least == train.least_area(epochs)
     assert train.least_area(100) == pytest.approx(0.1)
+    for epoch, least in ((8, 20**-0.5), (17, 20**-0.5), (18, 0.5), (19, 0.5)):  # the last tenth
+        list(train.epoch_batches(small_recipe(epochs=20), photos, epoch, torch.float32))
+        assert areas[-1] == least
 
 
 @pytest.mark.parametrize(("arch", "size", "looks"), [
