@@ -44,14 +44,13 @@ trained = $(if $(GIVEN),false,[ -e "$(RUNS)/$(1)/result.json" ]) || \
 .DELETE_ON_ERROR:
 
 help:  ## this list
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | \
-	    awk -F'\t' '{printf "  make %-16s%s\n", $$1, $$2}'
+	@awk -F ':.*##' '/^[a-z-]+:.*##/ {printf "  make %-16s%s\n", $$1, $$2}' $(MAKEFILE_LIST)
 	@sed -nE 's/^#   (.*)/  \1/p' $(MAKEFILE_LIST)
 
 # The drawn photos are no ImageNet photos, and there is no network to get weights from: here the
 # ResNet learns from scratch.
 DEMO    := --data data/demo $(ON)
-DEMORUN := $(DEMO) --runs "$(RUNS)/demo"
+DEMORUN := $(DEMO) --runs "$(RUNS)/demo" $(if $(SEED),--seed "$(SEED)")
 DEMOED  := "$(RUNS)/demo/resnet18/best.pt" "$(RUNS)/demo/cnn/best.pt"
 demo: $(ENV)  ## everything, offline, on photos drawn here: two networks, the figure, the scores
 	"$(PYTHON)" tests/demo.py data/demo

@@ -243,7 +243,7 @@ def resample(photos, index, boxes, size, flip=None, dtype=torch.float32):
 def random_boxes(photos, index, generator=None, area=CROP_AREA):
     """Boxes (B, 4) of random resized crops (Szegedy et al. 2015): a share `area` to 1 of each
     photo, anywhere in it, width : height between 1/CROP_RATIO and CROP_RATIO; what is then longer
-    than the photo is cut, so that crops of a narrow photo are smaller."""
+    than the photo is cut, so that large crops, and those of narrow photos, are smaller."""
     height, width = photos.height[index].float(), photos.width[index].float()
     u, v, y, x = torch.rand(4, len(index), generator=generator)
     pixels = (area + (1 - area) * u) * height * width

@@ -5,7 +5,7 @@ import contextlib
 import copy
 import os
 import sys
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 
 import torch
@@ -46,7 +46,8 @@ def make_parser():
         "a file in torchvision's format")
     add("--unfreeze", action="store_true", help="train every layer, not the last one alone")
     add_recipe("epochs", number(1, 2**31), "passes over the photos")
-    add_recipe("crop", px, "side of a training crop, px")
+    add_recipe("crop", px, "side of a training crop, px; the last tenth of the epochs has crops of "
+               "--size")
     add("--plain-crop", action="store_true", help="crops at the photo's own scale, instead of "
         "random resized ones; give --size that scale too (ImageNette: 160)")
     add_recipe("size", px, "side of the photos in evaluation, px; of the cnn so that objects are "
@@ -57,7 +58,8 @@ def make_parser():
         "layer, 1 and 10/7 with --unfreeze)")
     add_recipe("batch-size", number(1, 2**31), "photos in a step")
     add_recipe("lr", number(0, 1e37, float), "peak learning rate of filters; 5 times it of others")
-    add_recipe("weight-decay", number(0, 1e3, float), "of filters, in units of the learning rate")
+    add_recipe("weight-decay", number(0, 1e3, float), "of filters (a last layer has "
+               "none), in units of the learning rate")
     add_recipe("width", number(8, 4096), "channels of the cnn at 1/8 of the photo's side")
     add("--holdout", type=number(0, 1, float), default=0.0,
         help="share of train to validate on, in place of val")
@@ -110,10 +112,12 @@ def parse_arguments(arguments=None):
     if given.get("weights") == "none":
         given["weights"] = None
     options.name = getattr(options, "name", options.arch)
-    if options.dry_run:
-        given["epochs"] = 1
+    recipe = train.make_recipe(options.arch, options.unfreeze, **given)
+    if options.dry_run:  # of the largest crops
+        crop = train.sides(recipe, recipe.epochs - 1)[0]
+        recipe = replace(recipe, epochs=1, crop=crop)
         options.name += "-dry-run"
-    return train.make_recipe(options.arch, options.unfreeze, **given), options
+    return recipe, options
 
 
 # ---------------------------------------------------------------- before the first step
@@ -166,8 +170,9 @@ def check_sizes(network, recipe, smallest):
     `smallest` photos. Only small images can be too small: of 96 px at most are tried."""
     plain = copy.deepcopy(models.with_looks(network, ()))  # a pass changes batch normalisation
     device = next(plain.parameters()).device
-    crop, size = train.sides(recipe, 0)
-    passes = [("--crop", crop, min(2, smallest), True)] if recipe.training != "head" else []
+    (crop, size), (last, _) = (train.sides(recipe, epoch) for epoch in (0, recipe.epochs - 1))
+    passes = [("--crop or --size", side, min(2, smallest), True)
+              for side in {crop, last} if recipe.training != "head"]
     passes += [("--size or --looks", side, 1, False) for side in {size, *recipe.looks}]
     for option, side, photos, training in passes:
         try:

@@ -57,7 +57,7 @@ def facts():
     processor = processor[1] if processor else platform.processor() or platform.machine()
     return dict(processor=processor,
                 instructions=torch.backends.cpu.get_cpu_capability()
-                + ", AMX" * torch.cpu._is_amx_tile_supported(),
+                + ", AMX" * getattr(torch.cpu, "_is_amx_tile_supported", bool)(),
                 cores=os.cpu_count(), memory=memory, python=platform.python_version(),
                 torch=torch.__version__, torchvision=torchvision.__version__, commit=commit or None)
 

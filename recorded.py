@@ -46,7 +46,11 @@ class Recorded:
         return [result.clone() for result in results]
 
     def record(self, x, labels):
-        """Record the step for the shape of x: calls are noted, and nothing is computed."""
+        """Record the step for the shape of x: calls are noted, and nothing is computed.
+
+        Crops only grow: what was recorded for another side is dropped, and its memory with it.
+        """
+        self.shapes = {shape: of for shape, of in self.shapes.items() if shape[1:] == x.shape[1:]}
         inputs, graph = [x.clone(), labels.clone()], torch.cuda.CUDAGraph()
         try:
             with torch.cuda.graph(graph):

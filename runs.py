@@ -93,6 +93,11 @@ class Run:
     def check_same(self, facts):
         """Raise ValueError where `facts` are of a run of other settings, classes or photos."""
         old, ours, theirs = facts["settings"], set(self.facts["classes"]), set(facts["classes"])
+        if old.get("version") != self.settings["version"]:
+            raise ValueError(f"{self.folder} holds a run of version {old.get('version')} of the "
+                             f"recipe, and this is {self.settings['version']}: go on with the code "
+                             "that began it, give this one a --name of its own (make: RUNS=), or "
+                             "remove the folder")
         digests = [settings.get("weights_digest") for settings in (old, self.settings)]
         files_of_weights = None not in digests  # the same file may be named in another way
         differ = [f"{key} {old.get(key)} there, {value} here"
@@ -153,14 +158,13 @@ class Run:
         self.write_last(epoch.state)
         self.export()
         self.write_log()
-        left = (self.recipe.epochs - len(self.rows)) * row["seconds"]
         classes = ("" if row["val_accuracy"] == row["val_class_accuracy"] else
                    f" (classes {row['val_class_accuracy']:.2%})")
         print(f"epoch {len(self.rows):3d}/{self.recipe.epochs}  loss {row['train_loss']:.3f}  "
               f"train {row['train_accuracy']:6.2%}  val {row['val_accuracy']:6.2%}{classes}"
               f"{' *' if row is self.best_row() else '  '}  {row['images_per_second']:6,} "
               "images/s  "
-              f"{clock(left)} left", flush=True)
+              f"{clock(time_left(self.rows, self.recipe))} left", flush=True)
 
     def best_row(self):
         """The first row with the highest accuracy: that of the best weights."""
@@ -233,6 +237,12 @@ def rounded(row, recipe):
                 val_class_accuracy=round(row["val_class_accuracy"], 5), lr=round(row["lr"], 6),
                 images_per_second=round(row["images_per_second"]),
                 seconds=round(row["seconds"], 2))
+
+
+def time_left(rows, recipe):
+    """How long the epochs to come take, s: as the last of `rows` did, by the pixels of crops."""
+    pixels = [max(1, train.sides(recipe, epoch)[0]) ** 2 for epoch in range(recipe.epochs)]
+    return rows[-1]["seconds"] * sum(pixels[len(rows):]) / pixels[len(rows) - 1]
 
 
 def seconds(rows):

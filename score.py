@@ -65,9 +65,15 @@ def logits_and_maps(network, batches, likeliest=False):
     return torch.cat(all_logits), torch.cat(chosen_maps)
 
 
-def maps_of_labels(network, photos, size):
+def batches_of(photos, facts):
+    """Batches (images, labels) of whole photos, as the network of `facts` sees them."""
+    for images, labels in data.eval_batches(photos, facts["size"], BATCH):
+        yield networks.normalised(images, facts), labels
+
+
+def maps_of_labels(network, photos, facts):
     """The maps (N, h, w) of the photos' labels."""
-    return logits_and_maps(network, data.eval_batches(photos, size, BATCH))[1]
+    return logits_and_maps(network, batches_of(photos, facts))[1]
 
 
 def random_network(facts, seed):
@@ -84,7 +90,7 @@ def with_controls(maps, facts, photos):
     photos: N or fewer; random weights look at the first RANDOM_PHOTOS of them.
     """
     few = photos.subset(torch.arange(len(photos))[:RANDOM_PHOTOS])
-    random = [maps_of_labels(random_network(facts, seed).to(maps.device), few, facts["size"])
+    random = [maps_of_labels(random_network(facts, seed).to(maps.device), few, facts)
               for seed in range(RANDOM_SEEDS)]
     square = metrics.centred_square(len(maps), 64).to(maps.device)
     return {OWN: maps[None], RANDOM: torch.stack(random), SQUARE: square[None]}
@@ -113,14 +119,14 @@ def confusion_matrix(labels, predicted, classes):
 
 
 @torch.no_grad()
-def drop_and_increase(network, photos, confidence, maps, size):
+def drop_and_increase(network, photos, confidence, maps, facts):
     """{score: Estimate} of maps (S, N, h, w), S seeds, of the labels of N photos.
 
     confidence: the probabilities (N,) of these labels.
     """
     found = []
     for of_seed in maps:
-        batches = data.eval_batches(photos, size, BATCH)
+        batches = batches_of(photos, facts)
         parts = zip(batches, of_seed.split(BATCH), confidence.split(BATCH), strict=True)
         for (images, labels), of_batch, before in parts:
             probabilities = network(metrics.masked(images, of_batch)).softmax(1)
@@ -131,14 +137,14 @@ def drop_and_increase(network, photos, confidence, maps, size):
             "increase in confidence": mean_interval(increase)}
 
 
-def deletion_and_insertion(network, photos, maps, size):
+def deletion_and_insertion(network, photos, maps, facts):
     """{score: Estimate} of maps (S, N, h, w), S seeds, of the labels of N photos; 42 passes."""
     def probabilities(images):
         return network(images).softmax(1)
 
     found = []
     for of_seed in maps:
-        batches = data.eval_batches(photos, size, BATCH)
+        batches = batches_of(photos, facts)
         for (images, labels), of_batch in zip(batches, of_seed.split(BATCH), strict=True):
             areas = metrics.deletion_and_insertion(probabilities, images, of_batch, labels)
             found.append(torch.stack(areas))  # (2, B)
@@ -174,9 +180,9 @@ def score_network(name, network, facts, val, boxed, deleted):
     boxed: of `load_boxes`; deleted: how many photos serve for deletion and insertion.
     """
     network = models.fold_norms(network).to(val.device)
-    size, classes = facts["size"], facts["classes"]
+    classes = facts["classes"]
     val = val.relabelled(classes)
-    batches = files.progress(data.eval_batches(val, size, BATCH), f"{name}:", len(val),
+    batches = files.progress(batches_of(val, facts), f"{name}:", len(val),
                              size=lambda batch: len(batch[1]))
     logits, maps = logits_and_maps(network, batches, likeliest=True)
     confidence, likeliest = logits.softmax(1).max(1)
@@ -188,13 +194,14 @@ def score_network(name, network, facts, val, boxed, deleted):
     for kind, seeds in with_controls(maps[drawn], facts, photos).items():
         some = torch.arange(seeds.shape[1])
         scores[kind] |= drop_and_increase(network, photos.subset(some), confidence[drawn][some],
-                                          seeds, size)
+                                          seeds, facts)
         few = some[: deleted // len(seeds)]
         if len(few):
-            scores[kind] |= deletion_and_insertion(network, photos.subset(few), seeds[:, few], size)
+            scores[kind] |= deletion_and_insertion(network, photos.subset(few), seeds[:, few],
+                                                   facts)
     if boxed:
         splits = [photos.relabelled(classes) for photos, _ in boxed]
-        maps = torch.cat([maps_of_labels(network, split, size) for split in splits])
+        maps = torch.cat([maps_of_labels(network, split, facts) for split in splits])
         boxes = [of_photo for _, of_split in boxed for of_photo in of_split]
         for kind, seeds in with_controls(maps, facts, splits[0]).items():
             scores[kind] |= localisation(seeds, boxes[: seeds.shape[1]], len(splits[0]),

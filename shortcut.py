@@ -47,8 +47,8 @@ TITLES = {"class": "The mark is the class", "share": "The mark comes with the cl
 
 
 def training_set(name, photos, share, seed):
-    """What network "class", "share" or "control" is trained on. In one epoch crops are whole
-    photos, so that no mark is cut off; in many, marks that crops miss weaken what is learnt."""
+    """What network "class", "share" or "control" is trained on. In one epoch crops are nearly
+    whole photos, which cut off few marks; in many, marks that crops miss weaken what is learnt."""
     many = photos.subset(torch.arange(len(photos)).repeat(-(-PHOTOS // len(photos))))
     chance = torch.rand(len(many), generator=torch.Generator().manual_seed(seed))
     marked = {"class": chance < PART, "share": (chance < share) & (many.labels == 0),

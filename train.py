@@ -49,7 +49,7 @@ class Recipe:
     weights: str | None  # where it starts: None (random), "imagenet" or a file
     training: str  # what is trained, a key of DEFAULTS
     epochs: int
-    crop: int  # px, side of a training crop
+    crop: int  # px, side of a training crop, but at the end (`at_the_end`)
     size: int  # px, side of the photos in evaluation, and for the features under a head
     looks: tuple  # px, sides of the photos when maps are made
     batch_size: int
@@ -117,8 +117,8 @@ def sides(recipe, epoch):
     """Sides (px) of an epoch's training crops and validation photos.
 
     Both grow in steps of 8 px (a cell of the cnn's map) from 3/4 of their final size, which they
-    reach after 3/4 of the training: small crops are faster, and harder to learn by heart (Howard
-    2018; Tan & Le 2021). At the end crops are as large as photos in validation.
+    reach after 1/2 to 3/4 of the training: small crops are faster, and harder to learn by heart
+    (Howard 2018; Tan & Le 2021). At the end crops are as large as photos in validation.
     """
     if recipe.plain_crop or recipe.training == "head":
         return recipe.crop, recipe.size
@@ -132,8 +132,8 @@ def sides(recipe, epoch):
 
 
 def at_the_end(epochs, epoch):
-    """Whether it is one of the last tenth, which learns from what validation and maps see: crops of
-    their size, nearly whole photos (after Touvron et al. 2019)."""
+    """Whether it is in the last tenth (of ten epochs or more), which learns from crops as large as
+    photos in validation, of half a photo or more: better maps (after Touvron et al. 2019)."""
     return epoch >= epochs - epochs // 10
 
 
@@ -176,7 +176,8 @@ def choose_precision(device, training="scratch"):
     if device.type == "cuda":
         native = torch.cuda.get_device_capability(device) >= (8, 0)  # below, bfloat16 is emulated
     else:
-        native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+        native = any(getattr(torch.cpu, name, bool)()  # private names: one may go
+                     for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))
     if native:
         return Precision(torch.bfloat16, False, layout, torch.bfloat16)
     scale = device.type == "cuda"

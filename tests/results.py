@@ -40,7 +40,6 @@ PROTOCOLS = (
     ("CNN, 64 → 88 px, 20 epochs", REPORT, dict(arch="cnn", epochs=20, size=88)),
     ("CNN, 64 → 72 px, 2 epochs", REPORT, dict(arch="cnn", epochs=2, size=72)),
     ("CNN, 64 → 96 px, 20 epochs", REPORT, dict(arch="cnn", epochs=20, size=96)),
-    ("CNN, 64 → 96 px, 2 epochs", REPORT, dict(arch="cnn", epochs=2, size=96)),
     ("CNN, 128 → 128 px, 5 epochs", LEADERBOARD[5],
      dict(arch="cnn", epochs=5, crop=128, size=128)),
     ("CNN, 96 → 128 px, 20 epochs", LEADERBOARD[20],
@@ -281,8 +280,8 @@ def protocol(facts):
 
 
 def group_trainings(trainings):
-    """[(place in PROTOCOLS, or its length, trainings that differ in their seed alone)], by place.
-    Where a seed is there twice, of several commits, each commit is a group."""
+    """[(place in PROTOCOLS, or its length, trainings that differ in their seed alone)], by place,
+    the newest recipe first. A seed that is there twice, of several commits, is a group of each."""
     kinds = {}
     for facts in trainings:
         recipe = {key: value for key, value in facts["recipe"].items() if key != "seed"}
@@ -297,7 +296,7 @@ def group_trainings(trainings):
             commit = facts["machine"]["commit"] if len(seeds) < len(of_kind) else "any"
             commits.setdefault(commit, []).append(facts)
         groups += [(protocol(group[0]), group) for group in commits.values()]
-    return sorted(groups, key=lambda entry: entry[0])
+    return sorted(groups, key=lambda entry: (entry[0], -entry[1][0]["recipe"]["version"]))
 
 
 def training_source(group):
@@ -319,7 +318,8 @@ def training_row(group, number, name, to_beat):
     recipe = group[0]["recipe"]
     seeds = f", {len(group)} seeds" if len(group) > 1 else ""
     earlier = recipe["training"] == "scratch" and recipe["version"] < train.Recipe.version
-    label = (name or f"`{group[0]['name']}`") + seeds + ", old" * earlier
+    version = f", version {recipe['version']}" if earlier else ""
+    label = (name or f"`{group[0]['name']}`") + seeds + version
     time = duration(statistics.mean(facts["seconds"] for facts in group))
     time += " on features" * (recipe["training"] == "head")  # the pass that stores them is not in
     last = per_cent([facts["last_accuracy"] for facts in group])

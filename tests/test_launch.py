@@ -305,6 +305,21 @@ def test_sizes_are_checked_on_the_network_as_it_is_and_change_nothing():
     assert sorted(sizes) == [16, 40, 64]
 
 
+def test_crops_of_the_last_epochs_are_tried_too():
+    recipe = train.make_recipe("cnn", crop=64, size=8, looks=(8,), epochs=10)
+    network = models.cnn(width=8)
+    launch.check_sizes(network, recipe, 2)
+    with pytest.raises(ValueError, match="cannot take 1 x 3 x 8 x 8 px.*use a larger --crop or"):
+        launch.check_sizes(network, recipe, 1)  # one value a channel: no batch normalisation
+
+
+def test_a_dry_run_is_of_the_largest_crops_and_of_the_sizes_of_the_whole():
+    whole, dry = recipe_of("cnn"), recipe_of("cnn", "--dry-run")
+    assert (dry.epochs, dry.size, dry.looks) == (1, 96, (64, 96, 128))
+    assert train.sides(dry, 0) == train.sides(whole, 99) == (96, 96)
+    assert train.sides(recipe_of("cnn", "--dry-run", "--epochs", 5), 0) == (64, 72)
+
+
 @pytest.mark.parametrize("error", [
     torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB"),
     RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to "

@@ -105,6 +105,15 @@ def test_where_recording_fails_steps_run_as_they_are_written_and_say_so_once(mon
     assert len(said) <= 2  # one for each shape
 
 
+def test_what_was_recorded_for_smaller_crops_is_dropped(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "graph", lambda graph: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", object)
+    step = recorded.Recorded(lambda x, labels, rate, share: [x.sum()], torch.device("cpu"))
+    for shape in ((8, 3, 16, 16), (6, 3, 16, 16), (8, 3, 24, 24), (6, 3, 24, 24)):
+        step.record(torch.zeros(shape), torch.zeros(shape[0]))
+    assert {*step.shapes} == {(8, 3, 24, 24), (6, 3, 24, 24)}
+
+
 def test_a_step_asks_the_device_for_no_number(fake_device, monkeypatch):
     fake_device.watches = False
     network = models.cnn(width=16).to("cuda")

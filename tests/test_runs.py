@@ -104,6 +104,13 @@ def test_the_log_is_rounded_and_says_the_size_of_photos_in_validation():
     assert runs.rounded(row, train.make_recipe("resnet18"))["size"] == "224"
 
 
+def test_the_time_left_counts_the_pixels_of_the_crops_to_come():
+    rows = [dict(seconds=40.0)] * 90
+    assert runs.time_left(rows, train.make_recipe("cnn")) == 10 * 40 * (96 / 64) ** 2
+    assert runs.time_left(rows[:2], train.make_recipe("resnet18")) == 3 * 40
+    assert runs.time_left(rows[:5], train.make_recipe("resnet18")) == 0
+
+
 @pytest.mark.parametrize(("seconds", "text"), [
     (0, "0:00"), (59.6, "1:00"), (61, "1:01"), (1019.9, "17:00"), (3599, "59:59"),
     (3600, "1:00:00"), (7325, "2:02:05")])
@@ -391,6 +398,15 @@ def test_a_run_of_other_settings_is_refused_by_their_names(copied, demo, tmp_pat
     result = call("train.py", *arguments(demo, tmp_path, *more))
     assert refused(result, "other settings", f"{name} ", "--name")
     assert before == run_files(copied)
+
+
+def test_a_run_of_an_earlier_version_is_refused_with_what_can_be_done(copied, demo, tmp_path, call,
+                                                                     monkeypatch):
+    monkeypatch.setattr(train.Recipe.__init__, "__defaults__",
+                        (*train.Recipe.__init__.__defaults__[:-1], 99))
+    result = call("train.py", *arguments(demo, tmp_path))
+    assert refused(result, f"version {train.Recipe.version} of the recipe, and this is 99",
+                   "--name") and "repeat" not in result.stderr
 
 
 def test_a_run_knows_its_photos(copied, demo, tmp_path, call):

@@ -324,10 +324,20 @@ def test_maps_and_scores_stay_on_the_device(monkeypatch):
         monkeypatch.setattr(data, "eval_batches", lambda *_: [batch])
         network.to("cuda")
         logits, maps = score.logits_and_maps(network, [batch], likeliest=True)
-        scores = score.drop_and_increase(network, photos, logits.amax(1), maps[None], 32)
-        scores |= score.deletion_and_insertion(network, photos, maps[None], 32)
+        scores = score.drop_and_increase(network, photos, logits.amax(1), maps[None], facts)
+        scores |= score.deletion_and_insertion(network, photos, maps[None], facts)
         assert {tensor.device.type for tensor in (logits, maps, *scores.values())} == {"cuda"}
         assert all(values.shape == (1, 6) for values in scores.values())
+
+
+def test_a_network_is_scored_on_images_as_it_knows_them():
+    """Normalised in its own way, in which the same weights say something else of a photo."""
+    photo = torch.randint(0, 255, (32, 32, 3), dtype=torch.uint8)
+    photos = data.from_arrays([photo] * 3)
+    facts = {"size": 32, "mean": (0.5, 0.5, 0.5), "std": (0.25, 0.25, 0.25)}
+    (images, _), = score.batches_of(photos, facts)
+    expected = (photo.permute(2, 0, 1) / 255 - 0.5) / 0.25
+    torch.testing.assert_close(images, expected.expand(3, 3, 32, 32))
 
 
 def test_a_missing_checkpoint_is_a_sentence(run):
