@@ -318,7 +318,7 @@ def training_row(group, number, name, to_beat):
     recipe = group[0]["recipe"]
     seeds = f", {len(group)} seeds" if len(group) > 1 else ""
     earlier = recipe["training"] == "scratch" and recipe["version"] < train.Recipe.version
-    version = f", version {recipe['version']}" if earlier else ""
+    version = f", v{recipe['version']}" if earlier else ""
     label = (name or f"`{group[0]['name']}`") + seeds + version
     time = duration(statistics.mean(facts["seconds"] for facts in group))
     time += " on features" * (recipe["training"] == "head")  # the pass that stores them is not in

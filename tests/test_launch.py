@@ -317,7 +317,7 @@ def test_a_dry_run_is_of_the_largest_crops_and_of_the_sizes_of_the_whole():
     whole, dry = recipe_of("cnn"), recipe_of("cnn", "--dry-run")
     assert (dry.epochs, dry.size, dry.looks) == (1, 96, (64, 96, 128))
     assert train.sides(dry, 0) == train.sides(whole, 99) == (96, 96)
-    assert train.sides(recipe_of("cnn", "--dry-run", "--epochs", 5), 0) == (64, 72)
+    assert train.sides(recipe_of("cnn", "--dry-run", "--epochs", 5), 0) == (64, 80)
 
 
 @pytest.mark.parametrize("error", [

@@ -137,7 +137,7 @@ def test_looks_crops_and_other_recipes_have_rows_of_their_own(gathered, tmp_path
 
 def test_an_earlier_recipe_is_named_so(gathered, tmp_path):
     training(tmp_path, "cnn", 0.85, epochs=20, size=88, version=3)
-    assert row(gathered(), "CNN, 64 → 88 px, 20 epochs, version 3")[2] == "85.00 %"
+    assert row(gathered(), "CNN, 64 → 88 px, 20 epochs, v3")[2] == "85.00 %"
 
 
 def test_two_machines_do_not_overwrite_each_other_and_a_repetition_replaces(gathered, tmp_path):
