@@ -113,9 +113,8 @@ def parse_arguments(arguments=None):
         given["weights"] = None
     options.name = getattr(options, "name", options.arch)
     recipe = train.make_recipe(options.arch, options.unfreeze, **given)
-    if options.dry_run:  # of the largest crops
-        crop = train.sides(recipe, recipe.epochs - 1)[0]
-        recipe = replace(recipe, epochs=1, crop=crop)
+    if options.dry_run:  # of the crops of the last epoch
+        recipe = replace(recipe, epochs=1, crop=train.sides(recipe, recipe.epochs - 1)[0])
         options.name += "-dry-run"
     return recipe, options
 
