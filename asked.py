@@ -102,22 +102,32 @@ def refuse_overwriting(outs, photos):
             raise ValueError(f"--out {out} is a photo that is shown: name another file")
 
 
+def digest(text):
+    """Six letters that tell texts apart."""
+    return hashlib.sha256(os.fsencode(text)).hexdigest()[:6]
+
+
+def shortened(text, limit):
+    """A text of `limit` bytes or fewer; where it is cut, with its digest."""
+    raw = os.fsencode(text)
+    cut = raw[: limit - 7].decode(errors="ignore")
+    return text if len(raw) <= limit else f"{cut}-{digest(text)}"
+
+
 def name_of(path):
-    """What names of files call a checkpoint: its folders as seen from here, elsewhere its folder
-    and a hash. So no picture of one network is written over that of another."""
+    """What names of files call a checkpoint: its folders as seen from here; elsewhere its folder.
+    With a digest where another could be called so: no picture is written over another network's."""
     path = Path(os.path.abspath(path))
-    *folders, _ = path.parts
-    if path.is_relative_to(Path.cwd()):
-        *folders, _ = path.relative_to(Path.cwd()).parts
-    else:
-        folders = [path.parent.name, hashlib.sha256(os.fsencode(path)).hexdigest()[:6]]
-    own = [path.stem] if path.stem != "best" else []
-    return "-".join([*folders, *own]) or path.parent.name
+    inside = path.is_relative_to(Path.cwd())
+    folders = path.relative_to(Path.cwd()).parts[:-1] if inside else [path.parent.name]
+    own = [path.stem] if path.name != "best.pt" else []
+    clear = inside and (not own or not path.suffix) and not any("-" in part for part in folders)
+    return "-".join([*folders, *own, *([] if clear else [digest(path)])]) or path.parent.name
 
 
 def plain(word):
-    """A word as part of a file's name; where other signs are lost than spaces, with a hash."""
-    lost = "" if re.fullmatch(r"[\w \-]*", word) else hashlib.sha256(word.encode()).hexdigest()[:4]
+    """A word as part of a file's name; where other signs are lost than spaces, with a digest."""
+    lost = "" if re.fullmatch(r"[\w \-]*", word) else digest(word)
     return re.sub(r"\W+", "-", word) + lost
 
 
@@ -132,8 +142,8 @@ def explanation_names(photos, models, words, out):
         names = [out]
     else:
         shown = "-".join([*map(name_of, models), *map(plain, words)])
-        stems = [f"{os.fsencode(photo.stem)[:100].decode(errors='ignore')}-{shown[:140]}"
-                 for photo in photos]
+        # A file's name has 255 bytes at most, those of a half-written one included.
+        stems = [f"{shortened(photo.stem, 100)}-{shortened(shown, 120)}" for photo in photos]
         numbers = [stems[:i].count(stem) + 1 for i, stem in enumerate(stems)]  # of equal names
         names = [out / (f"{stem}-{number}.png" if number > 1 else f"{stem}.png")
                  for stem, number in zip(stems, numbers, strict=True)]

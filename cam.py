@@ -95,12 +95,14 @@ def ask(network, images):
     widths = {m.in_features for m in network.modules() if isinstance(m, nn.Linear)}
     if not widths:
         raise refusal
+    if not len(images):
+        raise ValueError("there is no image to explain: give at least one")
     heads = []  # linear layers in the order in which they are asked: layer, input, output
     found = {}  # channels C that a linear layer takes -> the last output (N, C, h, w)
 
     def keep(module, inputs, output):
         """Note what a module was asked and said, if it may be the head or the features."""
-        if isinstance(module, nn.Linear):
+        if isinstance(module, nn.Linear) and inputs:  # called by position
             heads.append((module, inputs[0], output))
         elif torch.is_tensor(output) and output.dim() == 4 and output.shape[1] in widths:
             earlier = found.get(output.shape[1])  # a pooled one (1 x 1) replaces no larger one

@@ -374,6 +374,8 @@ def decode(file, name=None, side=None):
         raise
     except FileNotFoundError as error:
         raise ValueError(f"{name} does not exist: name a photo that is there") from error
+    except PermissionError as error:
+        raise ValueError(f"{name} cannot be read ({error.strerror}): make it readable") from error
     except Exception as error:  # Pillow raises nearly every type there is on a damaged file
         if raw[4:8] == b"ftyp" or Path(str(name)).suffix.lower() in UNREAD:  # under any suffix
             raise ValueError(f"{name} is in a format that is not read here: convert it to "

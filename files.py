@@ -12,6 +12,7 @@ file; `python -X dev` shows where it was raised.
 
 import argparse
 import contextlib
+import errno
 import math
 import os
 import re
@@ -79,6 +80,16 @@ def check_place(path, option="--out"):
                          f"{option}")
 
 
+def open_lock(path):
+    """Open a lock file; another user's can be locked, too, though not written."""
+    try:
+        return open(path, "w")
+    except PermissionError:
+        if not os.path.exists(path):
+            raise
+        return open(path)
+
+
 @contextlib.contextmanager
 def lock(path, wait=True):
     """Hold `path`.lock: one process works, and others wait or, with wait=False, get a ValueError.
@@ -86,7 +97,7 @@ def lock(path, wait=True):
     What a process that was killed has left of `path` is removed. Without locks (Windows, some
     network drives) nobody waits.
     """
-    with open(f"{path}.lock", "w") as file:
+    with open_lock(f"{path}.lock") as file:
         try:
             if fcntl:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -194,6 +205,9 @@ def run_command(function, *arguments, out_of_memory="use smaller images",
             if not any(words in repr(error) for words in NO_MEMORY):
                 raise
             message = f"not enough memory ({error!r:.100}): {out_of_memory}"
+        elif isinstance(error, OSError) and error.errno in (errno.EPIPE, errno.ENOSPC) and (
+                not error.filename):
+            message = f"what it prints cannot be written ({error.strerror}): {interrupted}"
         elif isinstance(error, PermissionError) and error.filename:
             message = f"{error.filename}: permission denied: make it accessible, or name another"
         if sys.flags.dev_mode:

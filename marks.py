@@ -10,7 +10,7 @@ says, in logits too, what the cells near the mark add. Copy data.py and metrics.
 
 from dataclasses import replace
 from functools import partial
-from math import hypot
+from math import hypot, nan
 
 import torch
 
@@ -29,8 +29,9 @@ def plant(photos, marked, seed):
     for i in marked.nonzero()[:, 0].tolist():
         height, width, _ = images[i].shape
         larger, v, u, yellow, black = torch.rand(5, generator=generator).tolist()
-        side = max(2, round((SIDE[0] + (SIDE[1] - SIDE[0]) * larger) * min(height, width)))
-        edge = round(EDGE * min(height, width))
+        shorter = min(height, width)
+        side = min(shorter, max(2, round((SIDE[0] + (SIDE[1] - SIDE[0]) * larger) * shorter)))
+        edge = round(EDGE * shorter)
         y, x = (edge + round(w * (n - side - 2 * edge)) for w, n in ((v, height), (u, width)))
         half = torch.arange(side) < side / 2
         colours = torch.tensor([220, 180, 0]) + 35 * yellow, torch.tensor(60 * black)
@@ -57,13 +58,16 @@ class Number(Estimate):
     """An `Estimate` that is not shown in per cent."""
 
     def __str__(self):
-        return f"{self.value:.2f} [{self.low:.2f}, {self.high:.2f}]"
+        interval = "" if self.low is None else f" [{self.low:.2f}, {self.high:.2f}]"
+        return f"{self.value:.2f}{interval}"
 
 
 def resampled(statistic, *values):
     """The `Number` of a statistic (..., N) -> (...) of values (S, N) of S seeds: its mean over
     seeds. The interval: of 500 resamples of the photos (Efron 1979), and of the spread of seeds."""
     (seeds, n), of_seeds = values[0].shape, statistic(*values)
+    if n == 1:
+        return Number(float(of_seeds.mean()), None, None, n)
     draws = torch.randint(n, (500, n), generator=torch.Generator().manual_seed(0))
     means = torch.stack([statistic(*(v[:, draw] for v in values)).mean() for draw in draws])
     low, high = means.nanquantile(torch.tensor([0.025, 0.975])).tolist()
@@ -73,7 +77,9 @@ def resampled(statistic, *values):
 
 
 def correlation(x, y):
-    """Of x and y (S, N): (S,)."""
+    """Of x and y (S, N): (S,); NaN of one photo."""
+    if x.shape[1] == 1:
+        return x.new_full((len(x),), nan)
     return torch.stack([torch.corrcoef(torch.stack(pair))[0, 1] for pair in zip(x, y, strict=True)])
 
 

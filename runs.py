@@ -152,8 +152,9 @@ class Run:
         row = rounded(epoch.row, self.recipe)
         self.rows.append(row)
         if row is self.best_row():
-            plain = models.with_looks(epoch.network, ()).state_dict()
-            self.best = {name: tensor.clone() for name, tensor in plain.items()}
+            plain = models.with_looks(epoch.network, ())
+            self.best = {name: tensor.clone() for name, tensor in plain.state_dict().items()}
+            self.facts["of_noise"] = models.said_of_noise(plain)
             self.accuracies = {row["size"]: row["val_accuracy"]}
         self.write_last(epoch.state)
         self.export()
@@ -206,8 +207,6 @@ class Run:
             self.export()
         self.write_log()
         best, last = self.best_row(), self.rows[-1]
-        passed = next((row["epoch"] for row in self.rows
-                       if row["val_accuracy"] >= REPORT["scratch"]), None)
         try:
             config = dict(json.loads((self.folder / "config.json").read_text()))
         except (OSError, ValueError, TypeError) as error:
@@ -217,8 +216,7 @@ class Run:
             best_accuracy=best["val_accuracy"], best_epoch=best["epoch"],
             last_accuracy=last["val_accuracy"], accuracies=self.accuracies,
             accuracy_on=self.facts["accuracy_on"], accuracy_n=self.facts["accuracy_n"],
-            epochs_to_72=passed, seconds_to_72=passed and seconds(self.rows[:passed]),
-            seconds=seconds(self.rows), **config)
+            seconds=round(sum(row["seconds"] for row in self.rows), 1), **config)
         files.write(self.folder / "result.json", json.dumps(result, indent=1).encode())
         print(f"{self.folder}: best {best['val_accuracy']:.2%} (epoch {best['epoch']}), last "
               f"{last['val_accuracy']:.2%}, of photos seen at {best['size']} px")
@@ -250,11 +248,6 @@ def time_left(rows, recipe):
     left, done = recipe.epochs - len(rows), pixels(len(rows) - 1)
     asked = range(len(rows), recipe.epochs, max(1, left // 100))
     return rows[-1]["seconds"] * left * sum(map(pixels, asked)) / done / max(1, len(asked))
-
-
-def seconds(rows):
-    """How long epochs took, s."""
-    return round(sum(row["seconds"] for row in rows), 1)
 
 
 def clock(duration):

@@ -22,7 +22,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import boxes  # noqa: E402
 import cam  # noqa: E402
-import data  # noqa: E402
 import files  # noqa: E402
 import folders  # noqa: E402
 import machine  # noqa: E402
@@ -36,9 +35,9 @@ SCORES = "pointing game", "MaxBoxAccV2, cross-fitted", "share in the box"
 
 
 @torch.no_grad()
-def features_of(network, photos, size, mirror=False):
+def features_of(network, photos, facts, mirror=False):
     """Yields the features (B, C, h, w) and labels (B,) of `photos`, batch after batch."""
-    for images, labels in data.eval_batches(photos, size, score.BATCH):
+    for images, labels in score.batches_of(photos, facts):
         features = network.features(images)
         if mirror:
             features = (features + network.features(images.flip(3)).flip(3)) / 2
@@ -46,10 +45,10 @@ def features_of(network, photos, size, mirror=False):
 
 
 @torch.no_grad()
-def maps_of(network, photos, size, mirror, heads=None):
+def maps_of(network, photos, facts, mirror, heads=None):
     """The maps (heads, N, h, w) of the true classes of `photos`, in logits."""
     found = []
-    for features, labels in features_of(network, photos, size, mirror):
+    for features, labels in features_of(network, photos, facts, mirror):
         maps = [cam.class_activation_maps(features, head.weight)[range(len(labels)), labels]
                 for head in heads or [network.head]]
         found.append(torch.stack(maps))
@@ -57,10 +56,10 @@ def maps_of(network, photos, size, mirror, heads=None):
 
 
 @torch.no_grad()
-def right_about(network, photos, size, mirror, heads):
+def right_about(network, photos, facts, mirror, heads):
     """Which of `photos` each head is right about, (heads, N), and the seconds that a photo took."""
     started, found = time.time(), []
-    for features, labels in features_of(network, photos, size, mirror):
+    for features, labels in features_of(network, photos, facts, mirror):
         vectors = features.mean((2, 3))
         found.append(torch.stack([head(vectors).argmax(1) == labels for head in heads]))
     return torch.cat(found, 1).float(), (time.time() - started) / len(photos)
@@ -104,8 +103,8 @@ def compare_looks(options):
     for sizes in options.looks:
         network, heads, facts = load(options.models, sizes)
         photos = [found.relabelled(facts["classes"]) for found in (val, of_val[0], of_train[0])]
-        right, seconds = right_about(network, photos[0], facts["size"], options.mirror, heads)
-        maps = torch.cat([maps_of(network, found, facts["size"], options.mirror, heads)
+        right, seconds = right_about(network, photos[0], facts, options.mirror, heads)
+        maps = torch.cat([maps_of(network, found, facts, options.mirror, heads)
                           for found in photos[1:]], 1)
         for number, (of_head, right_of_head) in enumerate(zip(maps, right, strict=True), 1):
             label = [", ".join(map(str, sizes)), str(number)]

@@ -326,21 +326,6 @@ def training_row(group, number, name, to_beat):
     return [label, to_beat, last, time, str(number)]
 
 
-def passing_row(groups):
-    """The row on how soon the report's accuracy is passed: of the training that needs the fewest
-    epochs. groups: of the first three PROTOCOLS, {number of the source: trainings}."""
-    name, to_beat = "CNN, 64 px, to pass 72 %", "100 epochs (report)"
-    passed = [(statistics.mean(facts["epochs_to_72"] for facts in group),
-               statistics.mean(facts["seconds_to_72"] for facts in group), number)
-              for number, group in groups.items() if all(facts["epochs_to_72"] for facts in group)]
-    if not passed:
-        found = "not passed" if groups else NOT_MEASURED
-        return [name, to_beat, found, "", ", ".join(map(str, groups))]
-    epochs, seconds, number = min(passed)
-    plural = "" if epochs == 1 else "s"
-    return [name, to_beat, f"{epochs:g} epoch{plural}", duration(seconds), str(number)]
-
-
 def accuracy(trainings):
     """The table of accuracy and its sources. trainings: the contents of all result.json."""
     groups = dict(enumerate(group_trainings(trainings), 1))  # {number of source: (place, group)}
@@ -351,9 +336,6 @@ def accuracy(trainings):
         if name and not found:
             found = [[name, to_beat, NOT_MEASURED, "", ""]]
         rows += found
-        if place == 2:
-            rows.append(passing_row({number: group for number, (at, group) in groups.items()
-                                     if at <= place}))
     texts = [training_source(group) for _, group in groups.values()]
     return "\n\n".join(filter(None, [table(rows), sources(texts)]))
 

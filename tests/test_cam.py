@@ -667,6 +667,18 @@ def test_explain_refuses_other_networks_and_leaves_them_as_they_were(make, words
     assert all(module.training for module in network.modules()) and not hooks_of(network)
 
 
+def test_explain_refuses_a_head_called_by_keyword_and_no_images():
+    class ByKeyword(nn.Sequential):
+        def forward(self, x):
+            return self[1](input=self[0](x).mean((2, 3)))
+
+    network = ByKeyword(nn.Conv2d(3, 8, 3), nn.Linear(8, 5))
+    with pytest.raises(ValueError, match="a ByKeyword has no maps"):
+        cam.explain(network, torch.zeros(1, 3, 8, 8))
+    with pytest.raises(ValueError, match="no image"):
+        cam.explain(own_network(), torch.zeros(0, 3, 48, 64))
+
+
 def test_explain_leaves_no_hook_where_a_network_fails():
     network = own_network().train()
     with pytest.raises(RuntimeError):

@@ -592,6 +592,15 @@ def test_a_home_is_found(small, monkeypatch):
     assert len(data.load("~/small")) == 20
 
 
+def test_a_photo_that_may_not_be_read_is_named(monkeypatch):
+    def denied(path):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "read_bytes", denied)
+    with pytest.raises(ValueError, match=r"a.png cannot be read \(Permission denied\): make it"):
+        data.decode("a.png")
+
+
 def test_a_simple_folder_that_is_wrong_is_refused(small):
     (small / "train" / next(iter(data.CLASSES)) / "0.png").write_bytes(b"no photo")
     with pytest.raises(ValueError, match="0.png cannot be read"):

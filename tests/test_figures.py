@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import unicodedata
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -27,6 +28,7 @@ from conftest import (
 from PIL import Image
 from torch import nn
 
+import asked
 import cam
 import data
 import figures
@@ -814,14 +816,28 @@ def test_a_contrast_has_a_line_for_each_of_the_two(call, demo, one, blocks):
 def test_checkpoints_of_one_name_in_two_folders_have_two_pictures(call, demo, tmp_path):
     photo = next((demo / "val").glob("*/*.JPEG"))
     paths = [tmp_path / name for name in (
-        "a/cnn/best.pt", "b/cnn/best.pt", "cnn/best.pt", "runs/cnn/best.pt", "runs/cnn/last.pt")]
+        "a/cnn/best.pt", "b/cnn/best.pt", "cnn/best.pt", "a-cnn/best.pt", "cnn.pt", "cnn.pth")]
     for seed, path in enumerate(paths):
         path.parent.mkdir(parents=True, exist_ok=True)
         checkpoint(path, seed=seed)
         for given in (path, path.relative_to(tmp_path)):  # the same file, the same name
             assert call("explain", photo, "--model", given, "--dpi", 40).returncode == 0
-    shown = ["a-cnn", "b-cnn", "cnn", "runs-cnn", "runs-cnn-last"]
-    assert sorted(os.listdir("figures")) == sorted(f"{photo.stem}-{name}.png" for name in shown)
+    written = [path.removeprefix(f"{photo.stem}-") for path in os.listdir("figures")]
+    assert {"a-cnn.png", "b-cnn.png", "cnn.png"} < set(written) and len(written) == 6
+    told = [re.sub("-[0-9a-f]{6}.png", "", path) for path in written if path.count("-") > 0]
+    assert sorted(told) == ["a-cnn", "a-cnn.png", "b-cnn.png", "cnn", "cnn"]  # else with a digest
+
+
+def test_long_names_are_cut_and_told_apart():
+    """A name has 255 bytes at most, those of a half-written file included."""
+    photo, model = Path(f"{'写' * 60}.png"), f"runs/{'真' * 50}/best.pt"
+    words = ["English springer", "cassette player"] * 9
+    names = [asked.explanation_names([photo], [model], [*words, last], Path("figures"))[0].name
+             for last in ("church", "tench")]
+    assert names[0] != names[1] and all(len(f"{name}.4194304.part".encode()) < 256
+                                        for name in names)
+    ((odd,),) = [asked.explanation_names([photo], ["cnn"], ["\udce9"], Path("figures"))]
+    assert odd.suffix == ".png"  # no letter in this terminal's code
 
 
 # ---------------------------------------------------------------- whose photos

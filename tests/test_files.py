@@ -119,6 +119,24 @@ def test_what_a_killed_process_left_of_a_file_is_removed_and_nothing_else(tmp_pa
     assert sorted(os.listdir(tmp_path)) == sorted([*others, "a[1].lock"])
 
 
+@pytest.mark.skipif(not files.fcntl, reason="there are no locks here")
+def test_the_lock_of_another_user_is_waited_for_as_well(tmp_path, monkeypatch):
+    def theirs(path, mode="r"):
+        if mode == "w":
+            raise PermissionError(13, "Permission denied", path)
+        return open(path, mode)
+
+    monkeypatch.setattr(files, "open", theirs, raising=False)
+    with pytest.raises(PermissionError):  # in a folder that is theirs, too
+        with files.lock(tmp_path / "run"):
+            pass
+    (tmp_path / "run.lock").touch()
+    with files.lock(tmp_path / "run"):
+        with pytest.raises(ValueError, match="in use"):
+            with files.lock(tmp_path / "run", wait=False):
+                pass
+
+
 @pytest.mark.parametrize("there", ["none at all", "not on this disk"])
 def test_without_locks_nobody_waits(tmp_path, monkeypatch, there):
     def flock(file, how):
@@ -246,6 +264,8 @@ def test_what_a_user_can_mend_is_one_sentence(ended):
     assert ended(missing) == (2, "score.py: [Errno 2] No such file or directory: 'a.csv'\n")
     status, text = ended(PermissionError(13, "Permission denied", "runs"))
     assert status == 2 and text.startswith("score.py: runs: permission denied: make it accessible")
+    assert ended(BrokenPipeError(32, "Broken pipe"), interrupted="go on") == (
+        2, "score.py: what it prints cannot be written (Broken pipe): go on\n")
 
 
 def test_ctrl_c_says_what_is_left(ended):

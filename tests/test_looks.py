@@ -50,13 +50,13 @@ def test_each_list_of_looks_has_its_rows_of_scores(checkpoint, demo, monkeypatch
     accuracy = [row for row in rows if len(row) == 5]
     assert [row[0] for row in accuracy] == ["looks, px", "32", "16, 32"]
     val = folders.load(demo, "val")
-    ((network, _),) = networks.load_networks([checkpoint], [[32]])
+    ((network, facts),) = networks.load_networks([checkpoint], [[32]])
     logits, _ = score.logits_and_maps(network, data.eval_batches(val, 32, 20))
     right = logits.argmax(1) == val.labels
     assert accuracy[1][2] == str(metrics.mean_interval(right.float()))
     assert accuracy[1][3] == "" and accuracy[2][3].endswith("]") and float(accuracy[2][4]) > 0
     train, truth = boxes.load_boxes(demo, demo, val)[0][1]
-    maps = looks.maps_of(models.fold_norms(network), train, 32, mirror=False)
+    maps = looks.maps_of(models.fold_norms(network), train, facts, mirror=False)
     scores = score.localisation(maps, truth, len(truth))
     of_train = rows[rows.index(["Photos with boxes: train's 60"]):][2]
     assert of_train[::2] == ["32", *(str(scores[name]) for name in looks.SCORES)]
@@ -64,6 +64,7 @@ def test_each_list_of_looks_has_its_rows_of_scores(checkpoint, demo, monkeypatch
 
 def test_heads_share_their_features(checkpoint, demo, tmp_path, monkeypatch, capsys):
     content, other = torch.load(checkpoint), tmp_path / "other.pt"
+    del content["of_noise"]
     content["state"]["head.bias"] = torch.arange(10.0) * 100  # always the last class
     torch.save(content, other)
     call(looks, monkeypatch, checkpoint, other, "--data", demo, "--boxes", demo, "--looks", "32")
@@ -78,12 +79,14 @@ def test_heads_share_their_features(checkpoint, demo, tmp_path, monkeypatch, cap
 
 
 def test_the_mirror_image_is_turned_back(checkpoint, demo):
-    ((network, _),) = networks.load_networks([checkpoint], [[32]])
+    ((network, facts),) = networks.load_networks([checkpoint], [[32]])
     photos = folders.load(demo, "train")
-    plain, mean = (looks.maps_of(network, photos, 32, mirror) for mirror in (False, True))
+    plain, mean = (looks.maps_of(network, photos, facts, mirror) for mirror in (False, True))
     assert mean.shape == plain.shape and not torch.allclose(mean, plain)
     turned = data.from_arrays([photos[i].flip(1) for i in range(len(photos))], photos.labels)
-    assert torch.allclose(looks.maps_of(network, turned, 32, True).flip(3), mean, atol=1e-4)
+    assert torch.allclose(looks.maps_of(network, turned, facts, True).flip(3), mean, atol=1e-4)
+    other = facts | dict(mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
+    assert not torch.allclose(looks.maps_of(network, photos, other, False), plain, atol=1e-2)
 
 
 @pytest.mark.parametrize("module", [looks, cell_position])

@@ -60,6 +60,20 @@ def test_a_mark_is_seen_in_the_smallest_photos():
     assert all((changed[i] != small[i]).sum() >= 12 for i in range(20))  # 2 x 2 pixels of 3
 
 
+@pytest.mark.parametrize("size", [(1, 1), (1, 300), (40, 1)])
+def test_a_mark_is_no_larger_than_a_photo_of_one_line(size):
+    line = data.from_arrays([torch.full((*size, 3), 128, dtype=torch.uint8)] * 20)
+    changed, boxes = marks.plant(line, torch.ones(20, dtype=torch.bool), seed=0)
+    assert all((changed[i] != line[i]).any(2).sum() == 1 for i in range(20))
+    assert 0 <= boxes.min() and boxes.max() <= 1
+
+
+def test_of_one_photo_there_is_no_interval():
+    one = torch.tensor([[2.0]])
+    assert str(marks.mean(one)) == "2.00" and marks.mean(one)[1:3] == (None, None)
+    assert str(marks.correlated(one, one)) == "nan"
+
+
 def test_the_cells_that_a_mark_touches():
     boxes = torch.tensor([[0.5, 0.25, 0.75, 0.5], [0.45, 0.0, 0.55, 0.1]])
     expected = torch.zeros(2, 4, 4, dtype=torch.bool)

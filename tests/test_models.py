@@ -351,6 +351,8 @@ WRONG_WEIGHTS = {  # what is in the file in place of resnet18's, and a word of t
     "without names": (lambda s: dict(enumerate(s.values())), "no state dict"),
     "a list": (lambda s: list(s.values()), "no state dict"),
     "a tensor": (lambda s: torch.zeros(3), "no state dict"),
+    "without data": (lambda s: {k: v.to("meta") for k, v in s.items()}, "no state dict"),
+    "complex": (lambda s: {k: v.to(torch.complex64) for k, v in s.items()}, "no state dict"),
 }
 
 
@@ -582,6 +584,16 @@ def test_a_foreign_file_is_refused(checkpoint, what):
     change, word = FOREIGN[what]
     torch.save(change(torch.load(path, weights_only=True)), path)
     assert refused([word], models.load, path)
+
+
+def test_a_checkpoint_of_other_code_is_refused(checkpoint, monkeypatch):
+    """The weights fit, and the network computes something else."""
+    path, *_ = checkpoint
+    monkeypatch.setattr(nn, "ReLU", nn.SiLU)
+    assert refused([path, "says it is a cnn", "has models.cnn changed"], models.load, path)
+    older = without(torch.load(path, weights_only=True), "of_noise")
+    torch.save(older, path)
+    models.load(path)
 
 
 @pytest.mark.parametrize("place", ["none.pt", "."])
