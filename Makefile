@@ -4,6 +4,7 @@
 #   PYTHON=python uses an environment that is there already instead of making .venv
 
 override ARCH := $(or $(strip $(ARCH)),resnet18)
+$(if $(word 2,$(ARCH)),$(error ARCH= names one network beside the cnn, not "$(ARCH)"))
 
 # A shell that leaves ~ in NAME=~/folder as it is (zsh, dash) would have it made here, as a folder
 # called ~.
@@ -33,10 +34,9 @@ TUNE    := $(if $(WEIGHTS),--weights "$(WEIGHTS)") $(if $(SIZE),--size "$(SIZE)"
            $(if $(LOOKS),--looks "$(LOOKS)")
 NETWORKS := $(if $(filter cnn,$(ARCH)),,"$(RUNS)/$(ARCH)/best.pt") "$(RUNS)/cnn/best.pt"
 # result.json is the last file that a training writes: where it is missing, train, or go on. Where
-# settings are given, train.py is asked: it refuses others than those of the run that is there, and
-# does nothing if they are the same.
-GIVEN   := $(EPOCHS)$(SEED)$(WEIGHTS)$(SIZE)$(LOOKS)
-trained = $(if $(GIVEN),false,[ -e "$(RUNS)/$(1)/result.json" ]) || \
+# settings are given, of both or of this one alone (the third argument), train.py is asked: it
+# refuses others than those of the run that is there, and does nothing if they are the same.
+trained = $(if $(EPOCHS)$(SEED)$(3),false,[ -e "$(RUNS)/$(1)/result.json" ]) || \
           $(MAKE) --no-print-directory $(2)
 
 .PHONY: help demo shortcut data train-cnn finetune networks figure score test test-long bench \
@@ -76,7 +76,7 @@ finetune: data  ## ARCH (resnet18), ImageNet weights, all frozen but the last la
 # +: make does not see by itself that these lines call it, and would warn under -j and leave them
 # out under -n.
 networks: data
-	+@$(if $(filter cnn,$(ARCH)),,$(call trained,$(ARCH),finetune))
+	+@$(if $(filter cnn,$(ARCH)),,$(call trained,$(ARCH),finetune,$(WEIGHTS)$(SIZE)$(LOOKS)))
 	+@$(call trained,cnn,train-cnn)
 
 figure: networks  ## ten photos and the maps of both networks
@@ -108,8 +108,8 @@ results: $(ENV)  ## RESULTS.md from what trainings, scores and benchmarks left, 
 lint: $(DEV)  ## ruff
 	"$(PYTHON)" -m ruff check .
 
-clean:  ## remove figures and tables; trainings and data stay
-	rm -rf -- "$(FIGURES)"
+clean:  ## remove figures/; a FIGURES= of your own, trainings and data stay
+	rm -rf -- figures
 
 clean-runs:  ## remove the trainings in RUNS, hours of work perhaps
 	rm -rf -- "$(RUNS)"

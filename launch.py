@@ -138,10 +138,11 @@ def prepare_photos(recipe, folder, skip_bad, device):
                              "train on: use a smaller share")
     else:
         val = folders.load(folder, "val", skip_bad).to(device)
-        count = folders.shared(photos, val)
-        if count and train.processes()[0] == 0:
-            print(f"{folder}: {count:,} of {len(val):,} val photos are in train too, byte for "
-                  "byte: their accuracy is that of photos learnt by heart", file=sys.stderr)
+    count = folders.shared(photos, val)
+    if count and train.processes()[0] == 0:
+        which = "held-out" if recipe.holdout else "val"
+        print(f"{folder}: {count:,} of {len(val):,} {which} photos are in train too, byte for "
+              "byte: their accuracy is that of photos learnt by heart", file=sys.stderr)
     if recipe.plain_crop:  # photos that are too small are refused now, not in an epoch's middle
         data.plain_boxes(photos, torch.arange(len(photos)), recipe.crop, torch.Generator())
     return photos, val

@@ -42,6 +42,7 @@ def predict(options):
         logits = write_maps(archive[0], network, facts, paths, found) if archive else torch.cat(
             [logits for _, _, logits in found])
         table.write(rows_of(paths, logits, facts["classes"], options.top))
+        table.flush()  # both files or none, on a full disk too
     for path in written:
         print(path)
 

@@ -130,6 +130,9 @@ def check_out(out):
         raise ValueError(f"--out {out} is a folder: name the tables in it, for example "
                          f"{Path(out) / 'scores'}")
     files.check_place(base)
+    for suffix in (".md", ".csv", ".tex", ".json", ".png"):
+        if Path(base + suffix).is_dir():
+            raise ValueError(f"{base}{suffix} is a folder: name other tables with --out")
     return base
 
 

@@ -140,6 +140,10 @@ def test_photos_of_val_that_are_in_train_are_counted(call, demo, tmp_path):
         shutil.copy(path, photos / "val" / path.parent.name / f"again_{path.name}")
     result = call("train.py", *arguments(photos, "runs", "--dry-run"))
     assert result.returncode == 0 and "3 of 23 val photos are in train too" in result.stderr
+    for path in list((photos / "train").rglob("*.JPEG")):  # each twice
+        shutil.copy(path, path.with_name(f"again_{path.name}"))
+    result = call("train.py", *arguments(photos, "runs", "--dry-run", "--holdout", 0.2))
+    assert result.returncode == 0 and "of 24 held-out photos are in train too" in result.stderr
 
 
 # ---------------------------------------------------------------- runs

@@ -46,12 +46,12 @@ def make(tmp_path):
     return call
 
 
-def test_clean_removes_the_figures_that_are_named_and_nothing_else(make, tmp_path):
+def test_clean_removes_figures_and_nothing_of_ones_own(make, tmp_path):
     for name in ("old", "runs", "old runs", "figures", "old figures"):
         (tmp_path / name).mkdir()
-    make("clean", "RUNS=old runs", "FIGURES=old figures")
+    make("clean", "RUNS=old runs", "FIGURES=old figures")  # a thesis may lie there
     left = {p.name for p in tmp_path.iterdir() if p.is_dir()}
-    assert left == {"old", "runs", "old runs", "figures"}
+    assert left == {"old", "runs", "old runs", "old figures"}
     make("clean-runs", "RUNS=old runs", "FIGURES=old figures")
     assert {p.name for p in tmp_path.iterdir() if p.is_dir()} == left - {"old runs"}
 
@@ -105,6 +105,8 @@ def test_figure_makes_what_is_missing_and_no_more(make, tmp_path):
     assert [line.split(">")[0] for line in make("figure")] == ["<data.py", "<cam.py"]
     asked = [line for line in make("figure", "EPOCHS=2") if "<train.py>" in line]
     assert len(asked) == 2 and all("<--epochs><2>" in line for line in asked)
+    asked = [line for line in make("figure", "WEIGHTS=mine.pth", "SIZE=96") if "<train.py>" in line]
+    assert [line.split(">")[1] for line in asked] == ["<resnet18"]  # the cnn has none of these
     (tmp_path / "runs" / "cnn" / "result.json").unlink()
     assert [line.split(">")[1] for line in make("score") if "<train.py>" in line] == ["<cnn"]
 
@@ -122,6 +124,13 @@ def test_the_cnn_alone_is_drawn_once(make):
     assert "<resnet18>" in " ".join(make("finetune", "ARCH="))  # of a variable that is not set
     (line,) = [line for line in make("figure", "ARCH=cnn") if "<cam.py>" in line]
     assert line.count("best.pt") == 1
+
+
+def test_one_network_is_named(tmp_path):
+    shutil.copy(REPO / "Makefile", tmp_path)
+    result = subprocess.run(["make", "figure", "ARCH=cnn resnet18"], cwd=tmp_path, text=True,
+                            capture_output=True, timeout=60)
+    assert result.returncode == 2 and 'names one network beside the cnn, not "cnn' in result.stderr
 
 
 def test_options_go_to_the_training_they_are_for(make):
