@@ -100,9 +100,6 @@ typed by hand.
 <!-- prose survives -->
 <!-- /prose -->
 
-<!-- prose older measurements -->
-<!-- /prose -->
-
 <!-- prose glossary -->
 <!-- /prose -->
 """
