@@ -30,6 +30,7 @@ except ImportError:  # Windows: nobody waits
 
 NO_MEMORY = ("out of memory", "can't allocate memory", "not enough memory", "ALLOC_FAILED",
              "MemoryError")
+NO_OUTPUT = errno.EPIPE, errno.ENOSPC  # a stream was closed, or goes to a disk that is full
 
 
 # ---------------------------------------------------------------- whole or not at all
@@ -205,8 +206,7 @@ def run_command(function, *arguments, out_of_memory="use smaller images",
             if not any(words in repr(error) for words in NO_MEMORY):
                 raise
             message = f"not enough memory ({error!r:.100}): {out_of_memory}"
-        elif isinstance(error, OSError) and error.errno in (errno.EPIPE, errno.ENOSPC) and (
-                not error.filename):
+        elif isinstance(error, OSError) and not error.filename and error.errno in NO_OUTPUT:
             message = f"what it prints cannot be written ({error.strerror}): {interrupted}"
         elif isinstance(error, PermissionError) and error.filename:
             message = f"{error.filename}: permission denied: make it accessible, or name another"

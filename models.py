@@ -305,10 +305,10 @@ def fold_norms(network):
 
 @torch.no_grad()
 def said_of_noise(module, count=1):
-    """What a module, in evaluation, says of `count` images of noise, 64 x 64, always the same."""
+    """What a module in evaluation mode says of `count` images of noise, 64 x 64, the same ones."""
     x = torch.randn(count, 3, 64, 64, generator=torch.Generator().manual_seed(0))
     with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):  # which is too coarse
-        return copy.deepcopy(module).eval()(x.to(next(module.parameters()))).float().cpu()
+        return module(x.to(next(module.parameters()))).float().cpu()
 
 
 # ---------------------------------------------------------------- checkpoints
@@ -344,7 +344,7 @@ def looks_key(looks):
 
 def save(file, network, **facts):
     """Write a `checkpoint` of `network` into `file`, a path or an open file."""
-    plain = with_looks(network, ())
+    plain = copy.deepcopy(with_looks(network, ())).eval()  # the network stays in its mode
     torch.save(checkpoint(plain.state_dict(), of_noise=said_of_noise(plain), **facts), file)
 
 
@@ -375,7 +375,7 @@ def load(path, device="cpu", looks=None):
         network = build(facts["arch"], len(facts["classes"]), width=facts["width"])
         network.load_state_dict(state)
         if (then := facts.pop("of_noise", None)) is not None:
-            now = said_of_noise(network)
+            now = said_of_noise(network.eval())
             if (now - then).abs().max() > 0.01 * then.abs().max():  # devices differ by far less
                 raise ValueError("the weights fit, and the network computes something else")
         facts["looks"] = sorted(looks or facts["looks"])

@@ -10,6 +10,7 @@ epoch it does nothing.
 """
 
 import ast
+import copy
 import csv
 import hashlib
 import io
@@ -152,8 +153,8 @@ class Run:
         row = rounded(epoch.row, self.recipe)
         self.rows.append(row)
         if row is self.best_row():
-            plain = models.with_looks(epoch.network, ())
-            self.best = {name: tensor.clone() for name, tensor in plain.state_dict().items()}
+            plain = copy.deepcopy(models.with_looks(epoch.network, ())).eval()
+            self.best = dict(plain.state_dict())
             self.facts["of_noise"] = models.said_of_noise(plain)
             self.accuracies = {row["size"]: row["val_accuracy"]}
         self.write_last(epoch.state)
