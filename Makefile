@@ -1,6 +1,6 @@
 # Where did the network look?  `make` lists what there is.
 #   Variables: DATA= (an archive or a folder)  ARCH= EPOCHS= DEVICE= SEED= RUNS= FIGURES= BOXES=
-#   of finetune: WEIGHTS= SIZE= LOOKS=
+#   of finetune: WEIGHTS= SIZE= LOOKS=   of bench-accuracy: RUN= (a training that has ended)
 #   PYTHON=python uses an environment that is there already instead of making .venv
 
 override ARCH := $(or $(strip $(ARCH)),resnet18)
@@ -62,7 +62,7 @@ demo: $(ENV)  ## everything, offline, on photos drawn here: two networks, the fi
 	@"$(PYTHON)" tests/reading.py "$(FIGURES)/demo-scores.csv" "$(FIGURES)/demo.png"
 
 shortcut: $(ENV)  ## a mark planted in photos, networks that learn it: do their maps show it? offline, or DATA=
-	"$(PYTHON)" shortcut.py $(SOURCE) $(if $(EPOCHS),--epochs "$(EPOCHS)") --out "$(FIGURES)/shortcut"
+	"$(PYTHON)" shortcut.py $(SOURCE) $(ON) $(if $(EPOCHS),--epochs "$(EPOCHS)") --out "$(FIGURES)/shortcut"
 
 data: $(ENV)  ## ImageNette-160: downloaded, or from DATA=; checked and decoded
 	"$(PYTHON)" data.py $(if $(DATA),"$(DATA)")

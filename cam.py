@@ -89,7 +89,7 @@ def explain(network, images):
 def ask(network, images):
     """What a network, in evaluation mode, makes of images: its features (N, C, h, w), the linear
     head on their mean, and its logits (N, K). Raises ValueError: it has no such parts."""
-    network = getattr(network, "_orig_mod", network)  # of torch.compile, which leaves hooks out
+    network = getattr(network, "_orig_mod", network)  # torch.compile's wrapper calls no hooks
     refusal = ValueError(f"a {type(network).__name__} has no maps: it needs features (N, C, h, w), "
                          "their mean over places, and a linear head on that")
     widths = {m.in_features for m in network.modules() if isinstance(m, nn.Linear)}
@@ -221,6 +221,7 @@ if __name__ == "__main__":
     try:
         import figures
     except ModuleNotFoundError as error:
-        print(f"cam.py: {error}: only its functions work alone", file=sys.stderr)
+        print(f"cam.py: {error}: the command needs the packages of requirements.txt, and "
+              "the project's files beside it; its functions work alone", file=sys.stderr)
         sys.exit(2)
     figures.main()

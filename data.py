@@ -50,7 +50,7 @@ WORDS = CLASSES | {  # and Imagewoof's; all others are shown by their folder's n
 }
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, RGB in 0..1
 CROP_AREA = 0.25  # the least share of a photo in a crop, where none is given (train.py gives one)
-CROP_RATIO = 4 / 3  # its longest shape
+CROP_RATIO = 4 / 3  # of its sides, at most
 COLOURS = 0.3  # how far `random_colours` goes
 MAX_BATCH = 2**25  # pixels that are resampled at a time, padding included: 0.4 GB in float32
 SHORT_SIDE = 256  # px, the shortest side that larger photos are reduced to
@@ -574,8 +574,7 @@ if __name__ == "__main__":
     try:
         import folders
     except ModuleNotFoundError as error:
-        print(f"data.py: {error}: the command needs archives.py, "
-              "decoding.py, files.py and folders.py beside data.py; data.load(folder) does "
-              "without", file=sys.stderr)
+        print(f"data.py: {error}: the command needs the packages of requirements.txt, and the "
+              "project's files beside it; data.load(folder) works alone", file=sys.stderr)
         sys.exit(2)
     folders.main()

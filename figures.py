@@ -321,9 +321,10 @@ def add_command(commands, command, about, out):
         add("--dpi", type=files.between(30, 1200), default=300,
             help="pixels of an inch; a picture is 16 cm wide")
         add("--scale", choices=("row", "photo"), default="row",
-            help="of a row's maps, or of each map")
+            help="one colour scale for all maps of a row, or one for each photo's map")
         add("--font", metavar="FILE", type=files.path,
-            help="of other letters than Pillow's font has; without it, one of this system's")
+            help="a font file for letters that Pillow's own font lacks; without it, one of this "
+            "system's")
     if command in (figure, gallery):
         add("--data", metavar="FOLDER", type=files.path,
             help="folder or archive of photos in class folders; without it, those of the training, "

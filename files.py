@@ -25,7 +25,7 @@ from pathlib import Path
 
 try:
     import fcntl
-except ImportError:  # Windows: nobody waits
+except ImportError:  # Windows has none: there no process waits for another
     fcntl = None
 
 NO_MEMORY = ("out of memory", "can't allocate memory", "not enough memory", "ALLOC_FAILED",
@@ -174,7 +174,11 @@ class Once(argparse.Action):
 
 def sizes(text):
     """An argparse type: different sizes in px, "224,320", as an ascending tuple."""
-    parsed = [between(1, 4096)(size) for size in text.split(",")]
+    try:
+        parsed = [between(1, 4096)(size) for size in text.split(",")]
+    except ValueError as error:  # a photo, swallowed by an option of several lists
+        raise argparse.ArgumentTypeError(f"{text} is no list of sizes such as 224,320; photos and "
+                                         "checkpoints go before --looks") from error
     if len(set(parsed)) < len(parsed):
         raise argparse.ArgumentTypeError(f"{text} names a size twice")
     return tuple(sorted(parsed))
@@ -193,7 +197,8 @@ def run_command(function, *arguments, out_of_memory="use smaller images",
     sys.stdout, sys.stderr = (stream or open(os.devnull, "w")  # closed, as daemons' are
                               for stream in (sys.stdout, sys.stderr))
     for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="backslashreplace")  # a name this terminal has no letters for
+        if hasattr(stream, "reconfigure"):  # not a notebook's
+            stream.reconfigure(errors="backslashreplace")  # a name it has no letters for
     for end in (signal.SIGINT, signal.SIGTERM):
         signal.signal(end, signal.default_int_handler)
     try:

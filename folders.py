@@ -51,7 +51,8 @@ def set_aside(photos):
 
 
 def inner_folder(folder, names=TRAIN_NAMES + VAL_NAMES):
-    """The folder in those around it: it holds several, or class folders, or one of `names`."""
+    """Where the data begin: down while a folder holds nothing but one folder, to one that holds
+    several, class folders, or one of `names`."""
     inside = data.subfolders(folder) if os.path.isdir(folder) else []
     while len(inside) == 1 and inside[0].lower() not in names:
         below = data.subfolders(folder / inside[0])
@@ -84,7 +85,7 @@ def choose_val(candidates, train_folder, classes):
         folder = inner_folder(candidate, [label.lower() for label in classes])
         found, others = data.class_folders(folder)
         unknown = [label for label in found if label not in classes]
-        if not any(found.values()) or unknown == list(found)[:1] == list(found):
+        if not any(found.values()) or len(found) == len(unknown) == 1:
             continue  # photos without classes, in a folder of any name: test/unknown, val/images
         if unknown:
             raise ValueError(f"{folder / unknown[0]} is a class that {train_folder} lacks: add its "

@@ -31,7 +31,7 @@ class Features(NamedTuple):
 @torch.no_grad()
 def frozen_vectors(network, photos, size, batch_size=16):
     """Yields, batch after batch, the features of `photos` at `size` px, averaged over the map:
-    (B, C) float32. Mirror images, or a second look, gave no head that was right more often."""
+    (B, C) float32. Mirror images, or a second look, made no head more accurate."""
     features = models.fold_norms(network).features
     for images, _ in data.eval_batches(photos, size, batch_size):
         yield features(images).mean((2, 3))

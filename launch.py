@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import copy
+import math
 import os
 import sys
 from dataclasses import fields, replace
@@ -57,7 +58,8 @@ def make_parser():
         "2/3, 1 and 4/3 of --size for the cnn, with --plain-crop that alone, 10/7 of it for a last "
         "layer, 1 and 10/7 with --unfreeze)")
     add_recipe("batch-size", number(1, 2**31), "photos in a step")
-    add_recipe("lr", number(0, 1e37, float), "peak learning rate of filters; 5 times it of others")
+    add_recipe("lr", number(0, 1e37, float), "peak learning rate of the convolutions; all other "
+               "weights get 5 times as much")
     add_recipe("weight-decay", number(0, 1e3, float), "of filters (a last layer has "
                "none), in units of the learning rate")
     add_recipe("width", number(8, 4096), "channels of the cnn at 1/8 of the photo's side")
@@ -78,12 +80,12 @@ def make_parser():
 def check_options(parser, options):
     """End with a sentence of `parser` where an option would do nothing, or names nothing."""
     cnn, head = options.arch == "cnn", options.arch != "cnn" and not options.unfreeze
-    name = getattr(options, "name", "given")
+    name = getattr(options, "name", "")  # unless given, it is the network's
     if head and ("crop" in options or options.plain_crop):
         parser.error("--crop and --plain-crop do nothing while all but the last layer is frozen, "
                      "as each photo is seen whole: leave them out, or add --unfreeze")
     for option in ("weights", "name"):  # of a variable that is not set, perhaps
-        if getattr(options, option, "given") == "":
+        if option in options and not getattr(options, option):
             parser.error(f"--{option} is empty: name one, or leave it out")
     if Path(name).name != name or name == "..":
         parser.error(f"--name {name} is not the name of a folder in --runs: use one without "
@@ -157,7 +159,7 @@ def remarks_on(recipe, photos, val):
     if recipe.training == "scratch" and steps * recipe.epochs < 1000 and recipe.epochs > 20:
         found.append(f"{photos:,} photos make {steps * recipe.epochs:,} steps in {recipe.epochs} "
                      f"epochs, and a network from scratch wants thousands: use --epochs "
-                     f"{-(-5000 // steps):,} (make: EPOCHS=), or a pretrained network")
+                     f"{math.ceil(5000 / steps):,} (make: EPOCHS=), or a pretrained network")
     if val < 100:  # half of the 95 % interval of an accuracy of 50 %
         found.append(f"{val} photo{'s' * (val > 1)} to validate on: an accuracy is known to about "
                      f"{98 / val**0.5:.0f} points: add some")

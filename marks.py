@@ -77,7 +77,7 @@ def resampled(statistic, *values):
 
 
 def correlation(x, y):
-    """Of x and y (S, N): (S,); NaN of one photo."""
+    """Pearson's correlation of x and y (S, N), for each of S seeds: (S,); NaN if N is 1."""
     if x.shape[1] == 1:
         return x.new_full((len(x),), nan)
     return torch.stack([torch.corrcoef(torch.stack(pair))[0, 1] for pair in zip(x, y, strict=True)])

@@ -77,8 +77,8 @@ def interval_of_mean(mean, variance, n):
 def mean_interval(values, variance=0.0):
     """The `Estimate` of the mean of values from 0 to 1: (N,), or (S, N) of networks of S seeds.
 
-    variance: of the mean, where it is larger than the spread of the values says. That between seeds
-    (ten at most) is added, and counts for more, as seeds are few (Student's t).
+    variance: of the mean, if it is larger than the values' spread tells. Several seeds, ten at
+    most, add the variance between them, which counts for more, as they are few (Student's t).
     """
     if values.numel() == 0:
         raise ValueError("there is no photo to score: score at least one")

@@ -43,11 +43,11 @@ class Muon(torch.optim.Optimizer):
     orthogonal.
 
     A gradient is dominated by few directions; orthogonal, a step moves all of them alike (Jordan et
-    al. 2024). What is no bank over many channels (vectors, linear layers, filters of a photo's 3
-    channels) takes the plain step, at `plain_lr` times the rate. Only the banks decay: batch
-    normalisation cancels their scale, and decay keeps it from growing, which would shrink the
-    effective step. Banks of one shape are a group, and one stack of matrices (torch.optim.Muon
-    takes matrices alone, one after another).
+    al. 2024). All other weights (vectors, linear layers, filters of a photo's 3 channels) take the
+    plain step, at `plain_lr` times the rate. Only the banks decay: batch normalisation cancels
+    their scale, and decay keeps it from growing, which would shrink the effective step. Banks of
+    one shape are a group, and one stack of matrices (torch.optim.Muon takes matrices alone, one
+    after another).
     """
 
     def __init__(self, network, lr, weight_decay, momentum=0.9, plain_lr=5.0,

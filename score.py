@@ -38,8 +38,8 @@ try:
     from metrics import Estimate, mean_interval
     from tables import OWN, RANDOM, SQUARE
 except ModuleNotFoundError as error:
-    print(f"score.py: {error}: the command needs the project's other files "
-          "beside it; metrics.py alone has the scores", file=sys.stderr)
+    print(f"score.py: {error}: the command needs the packages of requirements.txt, and "
+          "the project's files beside it; metrics.py alone has the scores", file=sys.stderr)
     sys.exit(2)
 
 BATCH = 20  # photos at once: small enough for a processor's cache
@@ -212,24 +212,10 @@ def score_network(name, network, facts, val, boxed, deleted):
 # ---------------------------------------------------------------- the command
 
 
-def same_network(network, facts, other, other_facts):
-    """Whether two networks compute the same: equal weights, looks and classes."""
-    weights, others = network.state_dict(), other.state_dict()
-    return (all(facts[key] == other_facts[key] for key in ("arch", "looks", "classes"))
-            and all(torch.equal(tensor, others[key]) for key, tensor in weights.items()))
-
-
 def name_networks(paths, loaded):
-    """{name: (path, network, facts)}, named after the architecture, numbered from the second on.
-
-    A network given twice is scored once, and it is said; with other looks it is another one.
-    """
+    """{name: (path, network, facts)}, named after the architecture, numbered from the second on."""
     named = {}
     for path, (network, facts) in zip(paths, loaded, strict=True):
-        twins = [other for other, *rest in named.values() if same_network(*rest, network, facts)]
-        if twins:
-            print(f"{path} is the same network as {twins[0]}: it is scored once", file=sys.stderr)
-            continue
         others = sum(of_other["arch"] == facts["arch"] for *_, of_other in named.values())
         named[facts["arch"] + (f"-{others + 1}" if others else "")] = path, network, facts
     return named

@@ -17,6 +17,7 @@ if __name__ == "__main__":  # Ctrl-C while torch is imported
     signal.signal(signal.SIGINT, lambda *_: os._exit(130))
 
 import argparse
+import math
 import subprocess
 from collections import defaultdict
 from dataclasses import replace
@@ -49,7 +50,7 @@ TITLES = {"class": "The mark is the class", "share": "The mark comes with the cl
 def training_set(name, photos, share, seed):
     """What network "class", "share" or "control" is trained on. In one epoch crops are nearly
     whole photos, which cut off few marks; in many, marks that crops miss weaken what is learnt."""
-    many = photos.subset(torch.arange(len(photos)).repeat(-(-PHOTOS // len(photos))))
+    many = photos.subset(torch.arange(len(photos)).repeat(math.ceil(PHOTOS / len(photos))))
     chance = torch.rand(len(many), generator=torch.Generator().manual_seed(seed))
     marked = {"class": chance < PART, "share": (chance < share) & (many.labels == 0),
               "control": chance < 0}[name]
@@ -138,7 +139,7 @@ def experiment(photos, val, recipe, share):
 
 def run(options):
     """Train, ask, print, write."""
-    out, device = tables.check_out(options.out), machine.choose_device()
+    out, device = tables.check_out(options.out), machine.choose_device(options.device)
     if options.data == DRAWN:
         draw_demo = [sys.executable, Path(__file__).parent / "tests/demo.py", DRAWN]
         if subprocess.run(draw_demo).returncode:
@@ -169,12 +170,14 @@ def main(arguments=None):
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
     add("--data", default=DRAWN, type=files.path, help="folder or archive of photos; drawn here")
-    add("--share", default=0.95, type=files.between(0, 1, float), help="of a class that is marked")
+    add("--share", default=0.95, type=files.between(0, 1, float),
+        help="of the first class's photos, which get the mark")
     add("--arch", default="cnn", help="the cnn, or a frozen network, of which the head is trained")
     add("--weights", type=os.path.expanduser, default="imagenet",
         help="of a frozen network: imagenet, none or a file")
     add("--epochs", type=files.between(1), help="of training; train.py's, but 1 on drawn photos")
     add("--seeds", default=1, type=files.between(1, 3), help="networks of each kind")
+    add("--device", default="auto", help="cpu, cuda, mps or auto")
     add("--out", default="figures/shortcut", help="tables and picture, without suffix")
     options = parser.parse_args(arguments)
     if not options.weights:  # of a variable that is not set, perhaps

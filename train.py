@@ -49,7 +49,7 @@ class Recipe:
     weights: str | None  # where it starts: None (random), "imagenet" or a file
     training: str  # what is trained, a key of DEFAULTS
     epochs: int
-    crop: int  # px, side of a training crop, but at the end (`at_the_end`)
+    crop: int  # px, side of a training crop; at the end it is `size` (`at_the_end`)
     size: int  # px, side of the photos in evaluation, and for the features under a head
     looks: tuple  # px, sides of the photos when maps are made
     batch_size: int
@@ -423,7 +423,7 @@ if __name__ == "__main__":
     try:
         import launch
     except ModuleNotFoundError as error:
-        print(f"train.py: {error}: the command needs the files around it; its functions alone work "
-              "without", file=sys.stderr)
+        print(f"train.py: {error}: the command needs the packages of requirements.txt, and the "
+              "project's files beside it; its functions work with fewer", file=sys.stderr)
         sys.exit(2)
     launch.main()

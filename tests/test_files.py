@@ -233,6 +233,8 @@ def test_sizes_ascend_and_differ():
     assert files.sizes("320,224") == (224, 320) and files.sizes("8") == (8,)
     for text in ("", "0", "8,", "8,8", "8,4097", "a", "8;9"):
         assert refuses(files.sizes, text)
+    with pytest.raises(argparse.ArgumentTypeError, match="photo.jpg is no list .* before --looks"):
+        files.sizes("photo.jpg")
 
 
 # ---------------------------------------------------------------- a command and its errors
@@ -294,6 +296,12 @@ def test_a_defect_of_the_program_is_a_traceback(error):
         files.run_command(fail)
     for end_, handler in handlers.items():
         signal.signal(end_, handler)
+
+
+def test_a_notebook_has_streams_of_another_kind(ended, monkeypatch):
+    for name in ("stdout", "stderr"):
+        monkeypatch.setattr(sys, name, io.StringIO())
+    assert files.run_command(lambda: 3) == 3
 
 
 def test_a_command_returns_what_its_function_does(ended):

@@ -142,7 +142,8 @@ def test_options_go_to_the_training_they_are_for(make):
     assert scratch == "<train.py><cnn><--runs><runs><--epochs><3><--device><cpu><--seed><1>"
 
 
-@pytest.mark.parametrize("target", ["figure", "score", "demo", "bench", "bench-accuracy"])
+@pytest.mark.parametrize("target", ["figure", "score", "demo", "shortcut", "bench",
+                                    "bench-accuracy"])
 def test_what_computes_does_so_on_the_device_that_is_named(make, tmp_path, target):
     (tmp_path / ".peers").mkdir()
     others = ("<data.py>", "<tests/demo.py>", "<tests/reading.py>")
