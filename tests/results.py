@@ -6,7 +6,8 @@ Copies what was left by trainings (runs/*/result.json, log.csv), by score.py (fi
 the .csv beside it) and by tests/bench.py (bench.json, bench-accuracy.json) into results/, a folder
 for each, named after it and its commit; then writes RESULTS.md from all that results/ holds. So
 measurements of days and of several machines gather in the repository, and every number has its
-file. What stands between <!-- prose NAME --> and <!-- /prose --> in RESULTS.md is kept as it is.
+file; results/older/ has those of earlier recipes, which prose cites and no table shows. What stands
+between <!-- prose NAME --> and <!-- /prose --> in RESULTS.md is kept as it is.
 """
 
 import argparse
@@ -39,7 +40,6 @@ PROTOCOLS = (
     ("CNN, 64 → 96 px, 100 epochs", REPORT, dict(arch="cnn", epochs=100, size=96)),
     ("CNN, 64 → 88 px, 20 epochs", REPORT, dict(arch="cnn", epochs=20, size=88)),
     ("CNN, 64 → 72 px, 2 epochs", REPORT, dict(arch="cnn", epochs=2, size=72)),
-    ("CNN, 64 → 96 px, 20 epochs", REPORT, dict(arch="cnn", epochs=20, size=96)),
     ("CNN, 128 → 128 px, 5 epochs", LEADERBOARD[5],
      dict(arch="cnn", epochs=5, crop=128, size=128)),
     ("CNN, 96 → 128 px, 20 epochs", LEADERBOARD[20],
@@ -50,12 +50,6 @@ PROTOCOLS = (
      dict(arch="cnn", plain_crop=True, epochs=40, size=160)),
     ("MobileNetV2, last layer", HEAD_REPORT,
      dict(arch="mobilenet_v2", training="head", looks=[320])),
-    ("MobileNetV2, maps at two looks", HEAD_REPORT,
-     dict(arch="mobilenet_v2", training="head", looks=[224, 320], version=6)),
-    ("MobileNetV2, mirrored, one look", HEAD_REPORT,
-     dict(arch="mobilenet_v2", training="head", looks=[224], version=4)),
-    ("MobileNetV2, mirrored, two looks", HEAD_REPORT,
-     dict(arch="mobilenet_v2", training="head", looks=[224, 320], version=5)),
 )
 CONTROLS = ("average drop", "increase in confidence", "deletion", "insertion", "pointing game",
             "MaxBoxAccV2, cross-fitted")
