@@ -33,7 +33,13 @@ def default_checkpoints(paths):
 
 def load_networks(options, paths):
     """The networks `paths`, with the options of `networks.add_options`."""
-    device = torch.device(machine.choose_device(options.device))
+    if list(paths) == CHECKPOINTS[-1:] and not os.path.exists(paths[0]):
+        raise ValueError(f"{paths[0]} does not exist (`make train-cnn` makes one): name another "
+                         "with --model; resnet18, ImageNet's, needs no training")
+    for name in () if options.weights else filter(networks.is_name, map(str, paths)):
+        if os.path.exists(own := f"runs/{name}/best.pt"):
+            print(f"{name} is ImageNet's; the one that you trained is {own}", file=sys.stderr)
+    device = machine.choose_device(options.device)
     if device.type == "cuda":
         torch.backends.cudnn.allow_tf32 = False  # maps are those of a CPU
     return networks.load_networks(paths, options.looks, device, options.weights, options.names)

@@ -80,15 +80,19 @@ def explain(network, images):
     network: any that ends in global average pooling and one linear layer, torchvision's or one's
     own; its mode and weights stay as they are. Raises ValueError: it is of another shape.
     """
-    features, head, logits = ask(network, images)
+    features, head, logits = find_parts(network, images)
     maps = class_activation_maps(features, head.weight)
     check_identity(maps, logits, head.bias)
     return maps, logits
 
 
-def ask(network, images):
-    """What a network, in evaluation mode, makes of images: its features (N, C, h, w), the linear
-    head on their mean, and its logits (N, K). Raises ValueError: it has no such parts."""
+def find_parts(network, images):
+    """A network, in evaluation mode, asked about images: its features (N, C, h, w), the linear head
+    on their mean, and its logits (N, K). Raises ValueError: it has no such parts.
+
+    Hooks see the output of every module. The head is the linear layer whose output is the logits;
+    the features are the last map with as many channels as it takes.
+    """
     network = getattr(network, "_orig_mod", network)  # torch.compile's wrapper calls no hooks
     refusal = ValueError(f"a {type(network).__name__} has no maps: it needs features (N, C, h, w), "
                          "their mean over places, and a linear head on that")
@@ -105,7 +109,7 @@ def ask(network, images):
         if isinstance(module, nn.Linear) and inputs:  # called by position
             heads.append((module, inputs[0], output))
         elif torch.is_tensor(output) and output.dim() == 4 and output.shape[1] in widths:
-            earlier = found.get(output.shape[1])  # a pooled one (1 x 1) replaces no larger one
+            earlier = found.get(output.shape[1])  # the map is kept, not its pooled 1 x 1 version
             if earlier is None or output[0, 0].numel() > 1 or earlier[0, 0].numel() == 1:
                 found[output.shape[1]] = output
 
@@ -116,9 +120,8 @@ def ask(network, images):
     finally:
         for hook in hooks:
             hook.remove()
-        for module in training:  # eval() is for all modules, and a frozen one was in it before
+        for module in training:  # only these: a frozen module may have been in evaluation mode
             module.training = True
-    # The head is the layer that says the logits: others may be asked after it.
     heads = [part for part in heads if part[2] is logits] or heads
     if not heads or not torch.is_tensor(logits):
         raise refusal
@@ -126,8 +129,9 @@ def ask(network, images):
     features = found.get(vector.shape[-1])
     if features is None:
         raise refusal
-    if vector.shape == features.shape[:2]:  # F.relu after the last module is seen by no hook:
-        features = min(features, features.relu(),  # the features are what pools to the vector
+    # No hook sees an F.relu after the last module: the features are what pools to the vector.
+    if vector.shape == features.shape[:2]:
+        features = min(features, features.relu(),
                        key=lambda seen: (seen.mean((2, 3)) - vector).abs().max())
     return features, head, logits
 
@@ -136,7 +140,7 @@ def ask(network, images):
 
 HUES = {"adds": 50.0, "takes": 255.0}  # OKLab, degrees; the colour-blind tell them apart as well
 CHROMA = 0.17  # at the end of the scale
-SCALE_QUANTILE = 0.98  # of |values|: a scale to the largest would let one cell grey all others
+SCALE_QUANTILE = 0.98  # of |values|: up to the largest, one strong cell would leave the rest grey
 
 
 def oklab_to_srgb(lab):
@@ -188,6 +192,12 @@ def overlay(photo, class_map, scale):
     return (oklab_to_srgb(lab) * 255).round().to(torch.uint8)
 
 
+def widened(region, reach):
+    """A region (H, W), of 0 and 1, and what lies up to `reach` px beside, above or below it."""
+    columns = F.max_pool2d(region[None], (2 * reach + 1, 1), 1, (reach, 0))
+    return F.max_pool2d(columns, (1, 2 * reach + 1), 1, (0, reach))[0]
+
+
 def outline(photo, class_map, width=1.0, rim=2.4):
     """A photo with a line at half of the map's maximum, `width` px wide, in a rim of `rim` px."""
     photo = as_photo(photo)
@@ -199,11 +209,12 @@ def outline(photo, class_map, width=1.0, rim=2.4):
     dy, dx = F.pad(height.diff(dim=0).abs(), (0, 0, 1, 1)), F.pad(height.diff(dim=1).abs(), (1, 1))
     slope = torch.hypot(torch.maximum(dy[1:], dy[:-1]), torch.maximum(dx[:, 1:], dx[:, :-1]))
     distance = height.abs() / slope.clamp(min=1e-12)
-    # A flat place at half of the maximum is no edge: an edge has both sides near.
+    # An edge has both sides near; a flat place at half of the maximum has one. A sliver, narrower
+    # than the line, has no inside (erosion) and gets no line: it would be a blot.
     reach = math.ceil((rim + 1) / 2)
-    for side in (height > 0, height <= 0):
-        near = F.max_pool2d(side[None].float(), 2 * reach + 1, 1, reach)[0] > 0
-        distance[~near] = torch.inf
+    for side in ((height > 0).float(), (height <= 0).float()):
+        inside = 1 - widened(1 - side, reach - 1)
+        distance[widened(side, reach) * widened(inside, 4 * reach) == 0] = torch.inf
     shown = photo.float()
     for grey, thickness in ((255, rim), (20, width)):
         cover = ((thickness + 1) / 2 - distance).clamp(0, 1)[..., None]  # of a pixel by the line
@@ -214,6 +225,7 @@ def outline(photo, class_map, width=1.0, rim=2.4):
 def scale_of(maps):
     """The end, in logits, of the scale that maps of any shape share."""
     values = torch.as_tensor(maps).detach().cpu().float().abs()
+    # 1e-6 where all values are 0: any scale will do.
     return float(np.quantile(values.numpy(), SCALE_QUANTILE)) or float(values.max()) or 1e-6
 
 

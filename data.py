@@ -58,7 +58,7 @@ MAX_PIXELS = 100_000_000  # of one photo
 SUFFIXES = {f".{kind}" for kind in "jpeg jpg jfif png bmp gif tif tiff webp ppm pgm".split()}
 UNREAD = {f".{kind}" for kind in "heic heif avif jxl jp2 dng cr2 cr3 nef arw".split()}  # photos too
 HIDDEN = (".", "__MACOSX")  # what such names begin with
-FORMATS = ("JPEG", "PNG", "BMP", "GIF", "TIFF", "WEBP", "PPM")  # Pillow runs PostScript
+FORMATS = ("JPEG", "PNG", "BMP", "GIF", "TIFF", "WEBP", "PPM")  # not EPS: Pillow would run it
 
 
 # ---------------------------------------------------------------- photos
@@ -156,6 +156,7 @@ def first_names(names, count=5):
 
 
 # ---------------------------------------------------------------- batches
+# Resizing is linear along each axis: a product of matrices for the rows, one for the columns.
 
 
 def filter_weights(start, length, size, n, limit):
@@ -200,8 +201,8 @@ def sliced(photos, index, vertical, horizontal, size):
 
 
 def gathered(photos, index, vertical, horizontal, size):
-    """As `sliced`, in few launches for all photos, which on a GPU is fastest; padded with the last
-    pixels, which `filter_weights` do not count."""
+    """As `sliced`, for all photos at once, which on a GPU is fastest; padded with the last pixels,
+    which `filter_weights` do not count."""
     device = photos.pixels.device
     places = torch.stack([photos.start[index], photos.width[index], *vertical, *horizontal])
     start, width, top, rows, left, columns = send(places, device)[..., None, None]  # (B, 1, 1)
@@ -220,13 +221,12 @@ def resample(photos, index, boxes, size, flip=None, dtype=torch.float32):
     y, x, height, width = boxes.T
     top, rows = span(y, height, size, photos.height[index])
     left, columns = span(x, width, size, photos.width[index])
-    h, w = (32 * math.ceil(int(n.max()) / 32) for n in (rows, columns))  # few shapes: few kernels
+    h, w = (32 * math.ceil(int(n.max()) / 32) for n in (rows, columns))  # few different shapes
     if len(index) > 1 and len(index) * h * w > MAX_BATCH:
         halves = zip(index.chunk(2), boxes.chunk(2), flip.chunk(2), strict=True)
         return torch.cat([resample(photos, i, b, size, f, dtype) for i, b, f in halves])
     cut = gathered if photos.pixels.device.type == "cuda" else sliced
     pieces = cut(photos, index, (top, rows), (left, columns), (h, w)).to(dtype)
-    # Resizing is linear along each axis: a product for the rows, then one for the columns.
     geometry = torch.stack([y - top, height, rows, x - left, width, columns, flip])  # (7, B)
     along_y, along_x, mirror = send(geometry, pieces.device).split([3, 3, 1])
     weights_y = filter_weights(*along_y[:2], size, h, along_y[2]).to(dtype)  # (B, size, h)
@@ -236,14 +236,14 @@ def resample(photos, index, boxes, size, flip=None, dtype=torch.float32):
     images = torch.einsum("nyxc,nzx->nyzc", lines, weights_x).contiguous()  # (B, size, size, 3)
     mean, std = send(255 * torch.tensor([MEAN, STD]), pieces.device)
     images = send(((images - mean) / std).to(dtype), photos.device).permute(0, 3, 1, 2)
-    # Channels-last in memory, but on MPS, where that gives wrong gradients: pytorch#175189.
+    # Channels-last in memory, except on MPS, where gradients are wrong then: pytorch#175189.
     return images.contiguous() if photos.device.type == "mps" else images
 
 
 def random_boxes(photos, index, generator=None, area=CROP_AREA):
     """Boxes (B, 4) of random resized crops (Szegedy et al. 2015): a share `area` to 1 of each
-    photo, anywhere in it, width : height between 1/CROP_RATIO and CROP_RATIO; what is then longer
-    than the photo is cut, so that large crops, and those of narrow photos, are smaller."""
+    photo, anywhere in it, width : height between 1/CROP_RATIO and CROP_RATIO; sides longer than the
+    photo are cut to it."""
     height, width = photos.height[index].float(), photos.width[index].float()
     u, v, y, x = torch.rand(4, len(index), generator=generator)
     pixels = (area + (1 - area) * u) * height * width
@@ -322,7 +322,7 @@ def train_batches(photos, size, batch_size, generator=None, area=CROP_AREA, plai
         """Every photo once, in a new order."""
         own = slice(part[0], None, part[1])
         for index in shuffled(len(photos), batch_size, generator):
-            # Drawn for the whole batch, for several processes must draw alike.
+            # Numbers are drawn for the whole batch, as several processes must draw alike.
             boxes = (plain_boxes(photos, index, size, generator) if plain
                      else random_boxes(photos, index, generator, area))
             flip = torch.rand(len(index), generator=generator) < 0.5
@@ -408,7 +408,7 @@ def to_rgb(image):
     """A PIL image of any mode in RGB, 8 bits a channel, white where it is transparent."""
     if image.mode == "F" or image.mode.startswith("I"):
         levels = np.nan_to_num(np.asarray(image, np.float64))
-        low, high = (1, 255) if image.mode == "F" else (255, 65535)  # of 32 bits, 8 or 16 are used
+        low, high = (1, 255) if image.mode == "F" else (255, 65535)  # I: values of 8 or 16 bits
         white = low if levels.max() <= low else high
         image = Image.fromarray((levels * 255 / white).clip(0, 255).astype(np.uint8))
     if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
@@ -498,7 +498,7 @@ def map_photos(path, index, classes):
                   torch.tensor(index["labels"]), index["names"], shown, index["digests"])
 
 
-# ---------------------------------------------------------------- ImageNette's folders
+# ---------------------------------------------------------------- folders of classes
 
 
 def class_folders(folder):

@@ -311,7 +311,7 @@ def gallery(options):
 def add_command(commands, command, about, out):
     """Add a command with the options that all have; return what adds those of its own."""
     parser = commands.add_parser(command.__name__, help=about,
-                                 formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+                                 formatter_class=files.Help)
     parser.set_defaults(command=command)
     add, what = parser.add_argument, {explain: ", or .html; or a folder"}
     kinds = ".csv" if command is predict else ".png or .pdf"

@@ -150,6 +150,15 @@ def path(text):
     return Path(os.path.expanduser(text))  # which leaves ~name as it is where nobody is called so
 
 
+class Help(argparse.ArgumentDefaultsHelpFormatter):
+    """An argparse formatter: help with the defaults of those options that have one."""
+
+    def _get_help_string(self, action):
+        default = action.default
+        none = default is False or default in (None, [])
+        return action.help if none else super()._get_help_string(action)
+
+
 def between(low, high=math.inf, kind=int):
     """An argparse type: a number from `low` to `high`."""
 

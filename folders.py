@@ -289,8 +289,9 @@ def load(folder, split, skip_bad=False, side=None):
                     raise ValueError(f"{packed} cannot be replaced ({error.strerror}): end what "
                                      "uses it") from error
     if index["bad"]:
-        print(f"{folder}, {split}: {len(index['bad'])} damaged photos left out, "
-              f"{index['bad'][0]}...", file=sys.stderr)
+        count = len(index["bad"])
+        print(f"{folder}, {split}: {count} damaged photo{'s' * (count > 1)} left out, "
+              f"{index['bad'][0]}{' first' * (count > 1)}", file=sys.stderr)
     photos = data.map_photos(packed, index, classes)
     for remark in remarks_on(photos):
         print(f"{folder}, {split}: {remark}", file=sys.stderr)

@@ -27,7 +27,7 @@ def make_parser():
     """The options of the command. One left out (SUPPRESS) gets a default of what is trained."""
     parser = argparse.ArgumentParser(
         description="Train the CNN from scratch, or fine-tune an ImageNet network.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+        formatter_class=files.Help)
     add, number, px = parser.add_argument, files.between, files.between(1, 4096)
 
     def add_recipe(name, kind, what):
@@ -37,6 +37,8 @@ def make_parser():
         defaults = {of[training]: values.get(name.replace("-", "_"))
                     for training, values in train.DEFAULTS.items()}
         shown = ", ".join(f"{value} {where}" for where, value in defaults.items() if value)
+        if len(set(defaults.values())) == 1:
+            shown = str(defaults.popitem()[1])
         add(f"--{name}", type=kind, default=argparse.SUPPRESS, help=f"{what} (default: {shown})")
 
     add("arch", help="cnn, resnet18, or another torchvision network that CAM is exact for")
@@ -49,8 +51,8 @@ def make_parser():
     add_recipe("epochs", number(1, 2**31), "passes over the photos")
     add_recipe("crop", px, "side of a training crop, px; the last tenth of the epochs has crops of "
                "--size")
-    add("--plain-crop", action="store_true", help="crops at the photo's own scale, instead of "
-        "random resized ones; give --size that scale too (ImageNette: 160)")
+    add("--plain-crop", action="store_true", help="crops are cut out of the photo as it is, "
+        "not resized; photos in evaluation then want their own size as --size (ImageNette: 160)")
     add_recipe("size", px, "side of the photos in evaluation, px; of the cnn so that objects are "
                "as large as in crops: 96 for 64 px and 100 epochs")
     add("--looks", type=files.sizes, default=argparse.SUPPRESS, metavar="PX,PX,...",
@@ -161,8 +163,8 @@ def remarks_on(recipe, photos, val):
                      f"epochs, and a network from scratch wants thousands: use --epochs "
                      f"{math.ceil(5000 / steps):,} (make: EPOCHS=), or a pretrained network")
     if val < 100:  # half of the 95 % interval of an accuracy of 50 %
-        found.append(f"{val} photo{'s' * (val > 1)} to validate on: an accuracy is known to about "
-                     f"{98 / val**0.5:.0f} points: add some")
+        found.append(f"{val} photo{'s' * (val > 1)} to validate on: an accuracy is known to within "
+                     f"{98 / val**0.5:.0f} points: add photos")
     return found
 
 

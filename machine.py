@@ -57,7 +57,8 @@ def facts():
     processor = processor[1] if processor else platform.processor() or platform.machine()
     return dict(processor=processor,
                 instructions=torch.backends.cpu.get_cpu_capability()
-                + ", AMX" * getattr(torch.cpu, "_is_amx_tile_supported", bool)(),
+                + ", AMX" * (hasattr(torch.cpu, "_is_amx_tile_supported")  # private: may go
+                             and torch.cpu._is_amx_tile_supported()),
                 cores=os.cpu_count(), memory=memory, python=platform.python_version(),
                 torch=torch.__version__, torchvision=torchvision.__version__, commit=commit or None)
 

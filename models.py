@@ -75,7 +75,7 @@ def with_looks(network, sizes):
 
 
 class ConvNorm(nn.Sequential):
-    """Convolution (its bias is the normalisation's), batch normalisation, ReLU."""
+    """Convolution (without bias: the normalisation has one), batch normalisation, ReLU."""
 
     def __init__(self, inputs, outputs):
         super().__init__(
@@ -86,7 +86,8 @@ class ConvNorm(nn.Sequential):
 
 
 class Residual(nn.Module):
-    """x + f(x), f two convolutions, which begin as zero (Goyal et al. 2017)."""
+    """x + f(x), f two convolutions. f begins as 0, so that a block begins as the identity (Goyal et
+    al. 2017)."""
 
     def __init__(self, channels):
         super().__init__()
@@ -105,10 +106,10 @@ def cnn(classes=10, width=192):
 
     width: channels at 1/8, where they are cheap (few pixels are left), and where the map is made.
     Averages of 2 x 2 halve the image with less aliasing (Zhang 2019): after 5 epochs 3 points more
-    are right than with convolutions of stride 2. They keep a cell of the map where upsampling draws
-    it; 3 x 3 filters of stride 2 would put it 3.5 pixels off. Of a side that is no multiple of 8
-    the last pixels have no cell, and a map drawn over all of it is stretched by as much. (A first
-    convolution without bias is set and frozen by `whiten`, from train.start.)
+    are right than with convolutions of stride 2. And a cell of the map is drawn over the pixels it
+    stands for, where 3 x 3 filters of stride 2 would shift it by 3.5 pixels. If a side is no
+    multiple of 8, the last pixels have no cell, and a map drawn over all of it is stretched by as
+    much. (`whiten`, called by train.start, sets the first convolution and freezes it.)
     """
     features = nn.Sequential(
         ConvNorm(3, 32), nn.AvgPool2d(2),  # 1/2
@@ -129,11 +130,11 @@ def whiten(network, images, eps=1e-3):
     """Make the first convolution the principal components of patches of `images`, and freeze it.
 
     images: (N, 3, H, W). Pixels of a patch vary together; its largest principal components are
-    uncorrelated, and, each divided by its standard deviation, vary alike (which in `cnn` the batch
-    normalisation behind would see to anyway): what lies above learns from all of them at once
-    (Coates & Ng 2012; Jordan 2024). eps: added to variances, lest noise be blown up. Half of the
-    filters are the negatives of the others, for ReLU drops one side. A first convolution of another
-    kind (a bias, groups, an odd number of filters, or more than two a component) stays as it is.
+    uncorrelated, and, each divided by its standard deviation, vary alike: the layers above learn
+    from all of them at once (Coates & Ng 2012; Jordan 2024). eps: added to variances, so that noise
+    is not blown up. Half of the filters are the negatives of the others, because ReLU drops one
+    side. A first convolution of another kind (a bias, groups, an odd number of filters, or more
+    than two a component) stays as it is.
     """
     conv = next((m for m in network.features.modules() if isinstance(m, nn.Conv2d)), None)
     if (conv is None or conv.bias is not None or conv.weight.shape[1] != images.shape[1]
@@ -219,7 +220,7 @@ def take_apart(network, arch):
     apart = CAMNet(features, steps[0])
     x = torch.randn(2, 3, 128, 128, generator=torch.Generator().manual_seed(0))
     try:
-        with torch.no_grad():  # compared by differences: a new network's logits can be 1e-14
+        with torch.no_grad():  # differences: a new network's logits can be 1e-14, beside its bias
             own, ours = (logits[0] - logits[1] for logits in (network.eval()(x), apart.eval()(x)))
         same = (own - ours).norm() <= 1e-2 * own.norm()
     except Exception:  # parts that do not even fit together: branches, tokens, fixed sizes
@@ -305,7 +306,8 @@ def fold_norms(network):
 
 @torch.no_grad()
 def said_of_noise(module, count=1):
-    """What a module in evaluation mode says of `count` images of noise, 64 x 64, the same ones."""
+    """What a module in evaluation mode says of `count` images of noise, 64 x 64, always the same:
+    it shows whether two modules compute the same."""
     x = torch.randn(count, 3, 64, 64, generator=torch.Generator().manual_seed(0))
     with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):  # which is too coarse
         return module(x.to(next(module.parameters()))).float().cpu()

@@ -20,8 +20,8 @@ def orthogonalise(matrices, dtype=torch.float32):
 
     Three Newton-Schulz steps x <- (3.4445 - 4.775 xx' + 2.0315 (xx')^2) x, of x with norm 1, bring
     singular values above 1/50 to 0.7..1.2, and multiply smaller ones by up to 41 (Jordan et al.
-    2024, who take five). Polynomials of xx' commute, so their product is found among small (m, m)
-    matrices, and x is multiplied once.
+    2024, who take five; x' is the transpose). Each step is a polynomial in the small matrix xx'
+    (m, m): these are multiplied first, and x once.
     """
     tall = matrices.shape[-2] > matrices.shape[-1]
     x = (matrices.mT if tall else matrices).to(dtype)  # (..., m, n), m <= n
@@ -44,10 +44,10 @@ class Muon(torch.optim.Optimizer):
 
     A gradient is dominated by few directions; orthogonal, a step moves all of them alike (Jordan et
     al. 2024). All other weights (vectors, linear layers, filters of a photo's 3 channels) take the
-    plain step, at `plain_lr` times the rate. Only the banks decay: batch normalisation cancels
-    their scale, and decay keeps it from growing, which would shrink the effective step. Banks of
-    one shape are a group, and one stack of matrices (torch.optim.Muon takes matrices alone, one
-    after another).
+    plain step, at `plain_lr` times the rate. Only the banks decay. Batch normalisation cancels
+    their scale, but a larger scale makes a step smaller beside it, and decay keeps it from growing.
+    Banks of one shape are a group, and one stack of matrices (torch.optim.Muon takes matrices
+    alone, one after another).
     """
 
     def __init__(self, network, lr, weight_decay, momentum=0.9, plain_lr=5.0,
@@ -60,7 +60,7 @@ class Muon(torch.optim.Optimizer):
                   for bank in banks.values()]
         groups.append(dict(params=plain, orthogonal=False, scale=plain_lr, weight_decay=0.0))
         super().__init__(groups, dict(lr=lr, momentum=momentum))
-        self.defaults["dtype"] = dtype  # of the orthogonalisation; not of a checkpoint's machine
+        self.defaults["dtype"] = dtype  # this machine's: not saved
         for group in self.param_groups:
             for p in group["params"]:
                 self.state[p]["velocity"] = torch.zeros_like(p)
@@ -102,7 +102,8 @@ class Muon(torch.optim.Optimizer):
                 matrices = orthogonalise(matrices, self.defaults["dtype"])
                 matrices = matrices.unflatten(2, (height, width, channels))
                 updates = list(matrices.permute(0, 1, 4, 2, 3).unbind())
-                rate = rate * max(1, filters / (channels * height * width)) ** 0.5  # rows of norm 1
+                # So that each filter's step has a norm of about 1.
+                rate = rate * max(1, filters / (channels * height * width)) ** 0.5
             torch._foreach_mul_(updates, rate)
             torch._foreach_sub_(parameters, updates)
         return closure_loss

@@ -196,13 +196,14 @@ class Run:
 
     def finish(self, state, val, precision):
         """Write result.json, the last file of a run. The best weights get the accuracy of all their
-        looks, as val was seen at one; not those of a head, whose whole training takes less time."""
+        looks, as val was seen at one, and in float32, as figures and scores compute; not those of a
+        head, whose whole training takes less time."""
         self.export()
         key = models.looks_key(self.recipe.looks)
         if key not in self.accuracies and self.recipe.training != "head":
             network, facts = models.load(self.folder / "best.pt", val.device)
-            totals = train.evaluate(network, data.eval_batches(val, facts["size"], 64), precision,
-                                    len(facts["classes"]))
+            totals = train.evaluate(network, data.eval_batches(val, facts["size"], 64),
+                                    precision._replace(dtype=None), len(facts["classes"]))
             self.accuracies[key] = round(train.val_scores(totals)["val_accuracy"], 5)
             self.write_last(state)
             self.export()

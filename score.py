@@ -292,7 +292,7 @@ def parse_arguments(arguments):
     """The options of the command line."""
     parser = argparse.ArgumentParser(
         description="Accuracy, faithfulness and localisation of trained networks.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+        formatter_class=files.Help)
     add = parser.add_argument
     add("models", nargs="+", type=files.path,
         help="checkpoints (runs/*/best.pt); differences are to the first")

@@ -167,7 +167,7 @@ def run(options):
 def main(arguments=None):
     """The command line."""
     parser = argparse.ArgumentParser(description="Do maps show whether a planted mark was used?",
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+                                     formatter_class=files.Help)
     add = parser.add_argument
     add("--data", default=DRAWN, type=files.path, help="folder or archive of photos; drawn here")
     add("--share", default=0.95, type=files.between(0, 1, float),

@@ -60,7 +60,7 @@ class Recipe:
     plain_crop: bool = False
     holdout: float = 0.0  # share of train that is validated on, in place of val
     seed: int = 0
-    version: int = 8  # of what the fields do not say: network, optimiser, schedule, crops
+    version: int = 8  # raised where network, optimiser, schedule or crops change
 
 
 DEFAULTS = {  # everything from random weights, the head of a pretrained network, or all its layers
@@ -176,49 +176,12 @@ def choose_precision(device, training="scratch"):
     if device.type == "cuda":
         native = torch.cuda.get_device_capability(device) >= (8, 0)  # below, bfloat16 is emulated
     else:
-        native = any(getattr(torch.cpu, name, bool)()  # private names: one may go
+        native = any(hasattr(torch.cpu, name) and getattr(torch.cpu, name)()  # private: may go
                      for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))
     if native:
         return Precision(torch.bfloat16, False, layout, torch.bfloat16)
     scale = device.type == "cuda"
     return Precision(torch.float16 if scale else None, scale, layout)
-
-
-# ---------------------------------------------------------------- several processes (torchrun)
-# Each has a copy of the network, and its part of every batch. With one process nothing happens.
-
-
-def processes():
-    """(rank, number) of the processes that train together: (0, 1) for one alone."""
-    several = dist.is_available() and dist.is_initialized()
-    return (dist.get_rank(), dist.get_world_size()) if several else (0, 1)
-
-
-def add_up(tensor):
-    """The sum of `tensor` over all processes, on each of them."""
-    if processes()[1] > 1:
-        dist.all_reduce(tensor)
-    return tensor
-
-
-def combine_gradients(module, count):
-    """The gradients of a whole batch, from those of each process's part, of `count` photos: their
-    mean, each weighted by its count, which is summed beside them."""
-    if processes()[1] > 1:
-        gradients = [p.grad for p in module.parameters() if p.grad is not None]
-        parts = [gradient.flatten() for gradient in gradients]
-        parts.append(torch.ones_like(parts[0][:1]))
-        sums = add_up(count * torch.cat(parts))
-        *means, _ = (sums / sums[-1]).split([*map(len, parts)])
-        for gradient, mean in zip(gradients, means, strict=True):
-            gradient.copy_(mean.view_as(gradient))
-
-
-def take_statistics(*modules):
-    """Give all processes the first's statistics of batch normalisation: they saw other photos."""
-    if processes()[1] > 1:
-        for buffer in (buffer for module in modules for buffer in module.buffers()):
-            dist.broadcast(buffer, 0)
 
 
 # ---------------------------------------------------------------- optimiser and average
@@ -264,8 +227,8 @@ def make_step(network, optimizer, scaler, average, precision, smoothing):
 def train_epoch(step, batches, rates, average):
     """One epoch of (x, labels), with a learning rate for each step.
 
-    Returns the losses (steps,), how many photos were right, and of how many (steps,); on the
-    device, for asking it for a number would wait for it.
+    Returns the losses (steps,), how many photos were right, and of how many (steps,); they stay on
+    the device, as reading a number would stop it.
     """
     losses, correct, counts = [], 0, []
     for (x, labels), rate in zip(batches, rates, strict=True):
@@ -340,8 +303,8 @@ def epoch_batches(recipe, photos, epoch, products):
 
 
 def val_batches(recipe, val, epoch):
-    """This process's part of val: whole photos; or the features of all of it, so that sums over
-    the processes are multiples, whose ratios are the same."""
+    """This process's part of val: whole photos; or the features of all of it (each process counts
+    all, and ratios stay right)."""
     if recipe.training == "head":
         return [(val.vectors, val.labels)]
     rank, world = processes()
@@ -417,6 +380,43 @@ def check_finite(losses, epoch):
         saved = f"what is saved is of epoch {epoch}" if epoch else "nothing is saved"
         raise ValueError(f"the loss is not finite in epoch {epoch + 1}, {where}: use a smaller "
                          f"--lr; {saved}")
+
+
+# ---------------------------------------------------------------- several processes (torchrun)
+# Each has a copy of the network, and its part of every batch. With one process nothing happens.
+
+
+def processes():
+    """(rank, number) of the processes that train together: (0, 1) for one alone."""
+    several = dist.is_available() and dist.is_initialized()
+    return (dist.get_rank(), dist.get_world_size()) if several else (0, 1)
+
+
+def add_up(tensor):
+    """The sum of `tensor` over all processes, on each of them."""
+    if processes()[1] > 1:
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def combine_gradients(module, count):
+    """The gradients of a whole batch, from those of each process's part, of `count` photos: their
+    mean, each weighted by its count, which is summed beside them."""
+    if processes()[1] > 1:
+        gradients = [p.grad for p in module.parameters() if p.grad is not None]
+        parts = [gradient.flatten() for gradient in gradients]
+        parts.append(torch.ones_like(parts[0][:1]))
+        sums = add_up(count * torch.cat(parts))
+        *means, _ = (sums / sums[-1]).split([*map(len, parts)])  # the last: of the ones
+        for gradient, mean in zip(gradients, means, strict=True):
+            gradient.copy_(mean.view_as(gradient))
+
+
+def take_statistics(*modules):
+    """Give all processes the first's statistics of batch normalisation: they saw other photos."""
+    if processes()[1] > 1:
+        for buffer in (buffer for module in modules for buffer in module.buffers()):
+            dist.broadcast(buffer, 0)
 
 
 if __name__ == "__main__":

@@ -328,18 +328,38 @@ def test_scale_ends_at_a_quantile():
 
 
 @pytest.mark.parametrize("seed", range(5))
-@pytest.mark.parametrize("size", [(60, 80), (7, 50)])
+@pytest.mark.parametrize("size", [(60, 80), (70, 50)])
 def test_line_runs_around_what_focus_measures(seed, size):
     cells = randn(5, 6, seed=seed).float()
     pixels = cam.upsample(cells[None], size)[0]
     inside = pixels > pixels.max() / 2  # as score.py's focus
+    wide = [F.max_pool2d(-F.max_pool2d(-part[None].float(), 5, 1, 2), 25, 1, 12)[0] > 0
+            for part in (inside, ~inside)]  # 12 px or less from where the line's width fits in
     line = cam.outline(grey_photo(128, size), cells, 2.0, 4.0).float().mean(2)
     crossed = [inside.narrow(d, 0, size[d] - 1) != inside.narrow(d, 1, size[d] - 1) for d in (0, 1)]
     for d in (0, 1):  # dark wherever the region begins or ends ...
         darker = torch.minimum(line.narrow(d, 0, size[d] - 1), line.narrow(d, 1, size[d] - 1))
-        assert crossed[d].any() and (darker[crossed[d]] < 90).all()
+        both = (wide[0] & wide[1]).narrow(d, 0, size[d] - 1) & crossed[d]
+        assert both.sum() > 0.4 * crossed[d].sum() > 0 and (darker[both] < 90).all()
     near = [F.max_pool2d(part[None, None].float(), 9, 1, 4)[0, 0] for part in (inside, ~inside)]
     assert (line[(near[0] * near[1]) == 0] >= 128).all()  # ... and nowhere else
+
+
+def test_what_is_narrower_than_the_line_has_none():
+    cells = torch.zeros(60, 60)
+    cells[5:25, 5:25] = 1
+    cells[14:16, 14:16] = 0  # a hole
+    cells[40:42, 10:50] = 1  # a sliver
+    cells[50:56, 10:50] = 1
+    changed = (cam.outline(grey_photo(128, (60, 60)), cells, 1.0, 2.4) != 128).any(2)
+    edges = torch.zeros(60, 60, dtype=torch.bool)
+    for top, bottom, left, right in ((5, 25, 5, 25), (50, 56, 10, 50)):
+        for row in (top - 1, top, bottom - 1, bottom):
+            edges[row, left:right] = True
+        for column in (left - 1, left, right - 1, right):
+            edges[top:bottom, column] = True
+    around = F.max_pool2d(edges[None].float(), 5, 1, 2)[0] > 0
+    assert changed[edges].all() and not changed[~around].any()
 
 
 @pytest.mark.parametrize("cells", [-torch.ones(3, 3), torch.zeros(3, 3), -randn(3, 3).abs()])

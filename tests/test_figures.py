@@ -10,6 +10,7 @@ import subprocess
 import sys
 import unicodedata
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -749,7 +750,8 @@ def test_networks_compute_on_the_device_and_pictures_are_drawn_on_the_cpu(
             "predict": [photo, "--model", one]}[command]
     asked = []
     with monkeypatch.context() as patch:
-        patch.setattr(machine, "choose_device", lambda name: asked.append(name) or "cpu")
+        patch.setattr(machine, "choose_device", lambda name: asked.append(name)
+                      or torch.device("cpu"))
         assert call(command, *what).returncode == 0
         assert call(command, *what, "--device", "cuda:1").returncode == 0
     assert asked == ["auto", "cuda:1"]
@@ -895,9 +897,23 @@ def test_photos_that_were_trained_on_are_counted(call, demo, tmp_path):
     assert re.search(r"cnn was trained on \d of these 10 val photos", result.stderr)
 
 
+def test_the_network_that_one_trained_oneself_is_named_beside_torchvisions(tmp_path, monkeypatch,
+                                                                           capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(networks, "load_networks", lambda paths, *given: paths)
+    options = SimpleNamespace(weights=None, device="cpu", looks=None, names=None)
+    for trained in (False, True):
+        assert asked.load_networks(options, ["resnet18"]) == ["resnet18"]
+        said = "resnet18 is ImageNet's; the one that you trained is runs/resnet18/best.pt\n"
+        assert capsys.readouterr().err == said * trained
+        (tmp_path / "runs/resnet18").mkdir(parents=True, exist_ok=True)
+        (tmp_path / "runs/resnet18/best.pt").touch()
+
+
 def test_after_the_demo_its_networks_are_found(call, demo, tmp_path):
     photo = next((demo / "val").glob("*/*.JPEG"))
-    assert refused(call("explain", photo), "runs/cnn/best.pt", "make train-cnn")
+    for command in (["explain", photo], ["predict", photo], ["gallery"]):
+        assert refused(call(*command), "runs/cnn/best.pt", "make train-cnn", "--model; resnet18")
     for name in ("cnn", "resnet18"):
         (tmp_path / "runs/demo" / name).mkdir(parents=True)
         trained_checkpoint(tmp_path / "runs/demo" / name / "best.pt", demo, data=str(demo))

@@ -784,7 +784,7 @@ def test_the_command_refuses_a_damaged_photo(small, run, monkeypatch, capsys):
     photo = damage(small, "truncated")
     assert refused(run("data.py", small), photo, "--skip-bad")
     status, lines = command(monkeypatch, capsys, small, "--skip-bad")
-    assert status == 0 and any("1 damaged photos left out" in line for line in lines)
+    assert status == 0 and any("1 damaged photo left out" in line for line in lines)
 
 
 def test_a_side_of_nothing_is_refused(small, monkeypatch, capsys):

@@ -378,7 +378,7 @@ def test_few_photos_are_said_to_be_few():
     recipe = train.make_recipe("cnn")
     few, val = launch.remarks_on(recipe, 37, 5)
     assert "37 photos make 100 steps in 100 epochs" in few and "--epochs 5,000" in few
-    assert "5 photos to validate on: an accuracy is known to about 44 points" in val
+    assert "5 photos to validate on: an accuracy is known to within 44 points" in val
     assert launch.remarks_on(recipe, 9469, 3925) == []
     (frozen,) = launch.remarks_on(train.make_recipe("resnet18", weights=None), 9469, 3925)
     assert "add --unfreeze" in frozen
