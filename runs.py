@@ -202,6 +202,7 @@ class Run:
         key = models.looks_key(self.recipe.looks)
         if key not in self.accuracies and self.recipe.training != "head":
             network, facts = models.load(self.folder / "best.pt", val.device)
+            network = models.fold_norms(network)  # as score.py does
             totals = train.evaluate(network, data.eval_batches(val, facts["size"], 64),
                                     precision._replace(dtype=None), len(facts["classes"]))
             self.accuracies[key] = round(train.val_scores(totals)["val_accuracy"], 5)
