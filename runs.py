@@ -241,12 +241,16 @@ def rounded(row, recipe):
 
 
 def time_left(rows, recipe):
-    """How long the epochs to come take, s: as the last of `rows` did, by the pixels of crops."""
+    """How long the epochs to come take, s: as the last of `rows` did, by the pixels of crops.
+
+    Of very long trainings a hundred of these epochs or more speak for all.
+    """
     def pixels(epoch):
         return max(1, train.sides(recipe, epoch)[0]) ** 2  # a head has no crops
 
-    to_come = sum(map(pixels, range(len(rows), recipe.epochs)))
-    return rows[-1]["seconds"] * to_come / pixels(len(rows) - 1)
+    left, done = recipe.epochs - len(rows), pixels(len(rows) - 1)
+    asked = range(len(rows), recipe.epochs, max(1, left // 100))
+    return rows[-1]["seconds"] * left * sum(map(pixels, asked)) / done / max(1, len(asked))
 
 
 def clock(duration):
