@@ -50,7 +50,7 @@ WORDS = CLASSES | {  # and Imagewoof's; all others are shown by their folder's n
 }
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, RGB in 0..1
 CROP_AREA = 0.25  # the least share of a photo in a crop, where none is given (train.py gives one)
-CROP_RATIO = 4 / 3  # of its sides, at most
+CROP_RATIO = 4 / 3  # of a crop's sides, at most
 COLOURS = 0.3  # how far `random_colours` goes
 MAX_BATCH = 2**25  # pixels that are resampled at a time, padding included: 0.4 GB in float32
 SHORT_SIDE = 256  # px, the shortest side that larger photos are reduced to

@@ -23,6 +23,16 @@ from runs import Run, count_parameters, type_name
 # ---------------------------------------------------------------- options
 
 
+def defaults_of(field):
+    """The defaults of a field of the recipe, in words, for each kind of training that has one."""
+    of = {"scratch": "for the cnn", "head": "with all frozen but the last layer",
+          "all": "with --unfreeze"}
+    values = {kind: defaults.get(field) for kind, defaults in train.DEFAULTS.items()}
+    if len(set(values.values())) == 1:
+        return str(values["scratch"])
+    return ", ".join(f"{value} {of[kind]}" for kind, value in values.items() if value)
+
+
 def make_parser():
     """The options of the command. One left out (SUPPRESS) gets a default of what is trained."""
     parser = argparse.ArgumentParser(
@@ -32,14 +42,8 @@ def make_parser():
 
     def add_recipe(name, kind, what):
         """An option for a field of the recipe, whose default depends on what is trained."""
-        of = {"scratch": "for the cnn", "head": "with all frozen but the last layer",
-              "all": "with --unfreeze"}
-        defaults = {of[training]: values.get(name.replace("-", "_"))
-                    for training, values in train.DEFAULTS.items()}
-        shown = ", ".join(f"{value} {where}" for where, value in defaults.items() if value)
-        if len(set(defaults.values())) == 1:
-            shown = str(defaults.popitem()[1])
-        add(f"--{name}", type=kind, default=argparse.SUPPRESS, help=f"{what} (default: {shown})")
+        add(f"--{name}", type=kind, default=argparse.SUPPRESS,
+            help=f"{what} (default: {defaults_of(name.replace('-', '_'))})")
 
     add("arch", help="cnn, resnet18, or another torchvision network that CAM is exact for")
     add("--data", type=files.path, default=folders.IMAGENETTE,

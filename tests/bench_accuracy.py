@@ -179,7 +179,7 @@ def parse_arguments(arguments):
     """The options of the command line."""
     parser = argparse.ArgumentParser(
         description="Time until an accuracy on val, against the usual ways.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+        formatter_class=files.Help)
     add = parser.add_argument
     add("--data", type=files.path, default=folders.IMAGENETTE, help="ImageNette folder or .tgz")
     add("--device", default="auto", help="cpu, cuda, mps or auto")

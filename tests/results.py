@@ -480,7 +480,7 @@ def main(arguments=None):
     """The command line: gather, and write."""
     parser = argparse.ArgumentParser(
         description="Gather measurements in results/ and write RESULTS.md from them.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+        formatter_class=files.Help)
     add = parser.add_argument
     add("--runs", type=files.path, default="runs", help="folder of trainings")
     add("--figures", type=files.path, default="figures",

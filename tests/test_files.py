@@ -237,6 +237,15 @@ def test_sizes_ascend_and_differ():
         files.sizes("photo.jpg")
 
 
+def test_help_has_the_defaults_of_options_that_have_one():
+    parser = argparse.ArgumentParser(formatter_class=files.Help)
+    for name, default in (("none", None), ("off", False), ("empty", []), ("zero", 0), ("one", 1)):
+        parser.add_argument(f"--{name}", default=default, help=f"is {name}")
+    shown = parser.format_help()
+    assert shown.count("default") == 2
+    assert "is zero (default: 0)" in shown and "is one (default: 1)" in shown
+
+
 # ---------------------------------------------------------------- a command and its errors
 
 
