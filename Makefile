@@ -62,7 +62,8 @@ demo: $(ENV)  ## everything, offline, on photos drawn here: two networks, the fi
 	@"$(PYTHON)" tests/reading.py "$(FIGURES)/demo-scores.csv" "$(FIGURES)/demo.png"
 
 shortcut: $(ENV)  ## a mark planted in photos, networks that learn it: do their maps show it? offline, or DATA=
-	"$(PYTHON)" shortcut.py $(SOURCE) $(ON) $(if $(EPOCHS),--epochs "$(EPOCHS)") --out "$(FIGURES)/shortcut"
+	"$(PYTHON)" shortcut.py $(SOURCE) $(ON) $(if $(EPOCHS),--epochs "$(EPOCHS)") \
+	    $(if $(SEED),--seed "$(SEED)") --out "$(FIGURES)/shortcut"
 
 data: $(ENV)  ## ImageNette-160: downloaded, or from DATA=; checked and decoded
 	"$(PYTHON)" data.py $(if $(DATA),"$(DATA)")
@@ -117,9 +118,9 @@ clean-runs:  ## remove the trainings in RUNS, hours of work perhaps
 # What a newcomer may lack ends in one sentence: a Python, its venv module, network, packages.
 INSTALL := "$(PYTHON)" -m pip install --quiet
 FAILED  := { echo "make: pip could not install the packages: with a network (behind a proxy:" \
-           "HTTPS_PROXY=) the same command goes on; where pip wants a compiler, there are no" \
-           "packages ready for this Python: take another, or one that has them, with PYTHON=" >&2; \
-           exit 2; }
+           "HTTPS_PROXY=) and 6 GB of free disk the same command goes on; where pip wants a" \
+           "compiler, there are no packages ready for this Python: take another, or one that has" \
+           "them, with PYTHON=" >&2; exit 2; }
 
 .venv/.runs: requirements.txt
 	@found=; for python in python3 python3.13 python3.12 python3.11; do \

@@ -149,7 +149,7 @@ def run(options):
     photos, val = (folders.load(folder, split).to(device) for split in ("train", "val"))
     val = val.subset(torch.randperm(len(val), generator=torch.Generator().manual_seed(0))[:ASKED])
     found = defaultdict(list)
-    for seed in range(options.seeds):
+    for seed in range(options.seed, options.seed + options.seeds):
         recipe = make_recipe(options, seed)
         networks, marked, scores = experiment(photos, val, recipe, options.share)
         for key, of_seed in scores.items():
@@ -176,7 +176,9 @@ def main(arguments=None):
     add("--weights", type=os.path.expanduser, default="imagenet",
         help="of a frozen network: imagenet, none or a file")
     add("--epochs", type=files.between(1), help="of training; train.py's, but 1 on drawn photos")
-    add("--seeds", default=1, type=files.between(1, 3), help="networks of each kind")
+    add("--seed", default=0, type=files.between(0, 2**40), help="decides networks and marks")
+    add("--seeds", default=1, type=files.between(1, 3),
+        help="networks of each kind, of --seed and the numbers after it")
     add("--device", default="auto", help="cpu, cuda, mps or auto")
     add("--out", default="figures/shortcut", help="tables and picture, without suffix")
     options = parser.parse_args(arguments)

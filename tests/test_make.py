@@ -140,6 +140,8 @@ def test_options_go_to_the_training_they_are_for(make):
                     "<--size><96><--looks><96,128>")
     _, scratch = make("train-cnn", *values)
     assert scratch == "<train.py><cnn><--runs><runs><--epochs><3><--device><cpu><--seed><1>"
+    assert make("shortcut", *values) == ["<shortcut.py><--device><cpu><--epochs><3><--seed><1>"
+                                         "<--out><figures/shortcut>"]
 
 
 @pytest.mark.parametrize("target", ["figure", "score", "demo", "shortcut", "bench",
@@ -206,7 +208,8 @@ def test_packages_that_cannot_be_installed_are_a_sentence_and_the_same_command_g
         newcomer, tmp_path, target):
     listed = f"requirements{'-dev' * (target == 'test')}.txt"
     fails = f'case "$*" in *{listed}) echo "no network" >&2; exit 1;; esac'
-    assert sentence(newcomer(target, python3=PYTHON, pip=fails), "network", "compiler", "PYTHON=")
+    assert sentence(newcomer(target, python3=PYTHON, pip=fails), "network", "free disk", "compiler",
+                    "PYTHON=")
     assert newcomer(target, pip="").returncode == 0
 
 

@@ -38,12 +38,15 @@ def test_the_class_of_the_mark_is_made_of_other_classes_photos(photos, monkeypat
 
 def test_a_run(demo, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(shortcut, "PHOTOS", 60)
-    seen, compose = [], shortcut.page.compose
+    seen, compose, seeds, experiment = [], shortcut.page.compose, [], shortcut.experiment
     monkeypatch.setattr(shortcut.page, "compose", lambda photos, titles, rows, **given: (
         seen.append(rows) or compose(photos, titles, rows, **given)))
+    monkeypatch.setattr(shortcut, "experiment", lambda photos, val, recipe, share: (
+        seeds.append(recipe.seed) or experiment(photos, val, recipe, share)))
     before = sorted(demo.rglob("*"))
-    shortcut.main(["--data", str(demo), "--epochs", "1", "--seeds", "2",
+    shortcut.main(["--data", str(demo), "--epochs", "1", "--seed", "3", "--seeds", "2",
                    "--out", str(tmp_path / "new" / "marks")])
+    assert seeds == [3, 4]
     printed = capsys.readouterr().out
     for row, marked in zip(seen[0], (True, False), strict=True):  # five with the mark, five without
         titles = ([shortcut.MARK] * 5 if marked else list(CLASSES)[:5]) + list(CLASSES)[:5]
