@@ -4,7 +4,7 @@
     loaded = networks.load_networks(["resnet18"])                # torchvision's, of ImageNet
     for network, facts in loaded:
         maps, logits, probabilities = networks.predict_with_maps(network, facts, photos)
-        print(networks.describe(facts))                          # cnn, ..., 91.1% of ... right
+        print(networks.describe(facts))                          # cnn, ..., right on 91.1% of ...
 
 Copy cam.py, models.py, data.py and files.py with it.
 """
@@ -203,7 +203,7 @@ def describe(facts):
         return f"{name}: accuracy not measured"
     split = facts.get("accuracy_on") or "val"
     measured = f"{facts['accuracy_n']:,} {split} photos" if facts.get("accuracy_n") else split
-    return f"{name}: {accuracy:.1%} of {measured} right{at}"
+    return f"{name}: right on {accuracy:.1%} of {measured}{at}"
 
 
 # ---------------------------------------------------------------- predictions

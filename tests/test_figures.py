@@ -369,7 +369,7 @@ def test_looks_are_those_of_the_command(call, demo, one, seen):
     network, facts = models.load(one, looks=[32, 48])
     maps, *_ = networks.predict_with_maps(network, facts, [torch.from_numpy(data.decode(photo))])
     assert (row.maps[0] == maps[0]).all((1, 2)).any()
-    assert "32, 48 px: 50.0% of 40 val photos right at 32 px" in row.label
+    assert "32, 48 px: right on 50.0% of 40 val photos at 32 px" in row.label
     for bad in ("a", "32,", "32,32", "99999"):
         assert misused(call(*what, "--looks", bad), "--looks")
     assert refused(call(*what, "--looks", "4"), "--looks", "4 x 4")
@@ -530,7 +530,7 @@ def test_pictures_know_their_size_on_paper(call, demo, one, tmp_path):
     result = call(*what, "a_b/figure.png")
     line = r"\\includegraphics\[width=1[56]\..cm]{a_b/figure.png}"
     assert re.search(rf"^a_b/figure.png\n{line}\n\\caption{{", result.stdout)
-    assert "50.0\\% of 40 val photos right" in result.stdout
+    assert "right on 50.0\\% of 40 val photos" in result.stdout
     with Image.open(tmp_path / "a_b/figure.png") as picture:
         assert picture.info["dpi"] == pytest.approx((100, 100), abs=0.1)
     assert call(*what, "figure.pdf").returncode == 0
@@ -712,7 +712,7 @@ def test_explain_writes_a_page(call, demo, one, two, tmp_path):
     held = json.loads(re.search(r'id="data">(.*?)</script>', page, re.S)[1])
     assert held["title"] == photo.name and held["classes"][held["first"]] == CLASSES[4]
     assert [network["label"] for network in held["networks"]] == ["cnn", "cnn (2)"]
-    about = f"trained from scratch, at {SIZE} px: 50.0% of 40 val photos right"
+    about = f"trained from scratch, at {SIZE} px: right on 50.0% of 40 val photos"
     assert held["networks"][0]["about"] == about
     assert os.listdir("new") == ["photo.html"] and len(page.encode()) < 300_000
     result = call("explain", photo, photo, "--model", one, "--out", "photo.html")

@@ -171,18 +171,18 @@ def test_looks_are_parsed_by_the_command_line(capsys):
 
 def test_caption_of_a_network_says_only_what_is_known():
     facts = facts_of(accuracy=0.8751, accuracy_n=3925)
-    line = f"cnn, trained from scratch, at {SIZE} px: 87.5% of 3,925 val photos right"
+    line = f"cnn, trained from scratch, at {SIZE} px: right on 87.5% of 3,925 val photos"
     assert networks.describe(facts) == line
     facts |= dict(accuracy_on="held-out train", looks=[64, 96])
-    line = "at 64, 96 px: 87.5% of 3,925 held-out train photos right"
+    line = "at 64, 96 px: right on 87.5% of 3,925 held-out train photos"
     assert networks.describe(facts).endswith(line)
-    line = ": 87.5% of held-out train right"
+    line = ": right on 87.5% of held-out train"
     assert networks.describe(facts | dict(accuracy_n=None)).endswith(line)
     unknown = facts | dict(accuracy=None, accuracies={})
     assert networks.describe(unknown).endswith(": accuracy not measured")
     of_another_look = unknown | dict(accuracies={"224": 0.5})
     assert networks.describe(of_another_look).endswith(
-        "at 64, 96 px: 50.0% of 3,925 held-out train photos right at 224 px")
+        "at 64, 96 px: right on 50.0% of 3,925 held-out train photos at 224 px")
 
 
 # ---------------------------------------------------------------- torchvision's networks, by name

@@ -222,7 +222,7 @@ def test_letters_that_the_font_lacks_are_replaced():
                                                 (10, 43.0), (10, 1234.0)])
 def test_no_text_lies_on_another_or_leaves_the_picture(monkeypatch, columns, scale):
     paper = Written(monkeypatch)
-    label = "mobilenet_v2, only its last layer trained, at 224, 320 px: 97.3% of val right"
+    label = "mobilenet_v2, only its last layer trained, at 224, 320 px: right on 97.3% of val"
     captions = ["English springer 100%"] * columns
     row = cam_row(torch.full((columns, 2, 2), scale), captions, label=label)
     titles = ["garbage truck"] * columns
@@ -429,7 +429,7 @@ def place_of(canvas, colour):
 def test_of_one_photo_the_maps_of_several_networks_lie_beside_it(monkeypatch, size, networks):
     paper = Written(monkeypatch)
     photo = torch.tensor(MAGENTA, dtype=torch.uint8).expand(*size, 3).contiguous()
-    label = "mobilenet_v2, only its last layer trained, at 224, 320 px: 97.3% of 3,925 val right"
+    label = "mobilenet_v2, only its last layer trained, at 224, 320 px: right on 97.3% of 3,925 val"
     rows = [cam_row(torch.full((1, 3, 3), -1.0 - i), [f"caption {i}"], label=label)
             for i in range(networks)]
     picture = page.compose([photo], ["title"], rows, dpi=DPI)
