@@ -42,7 +42,7 @@ class Prediction(NamedTuple):
     bias: torch.Tensor  # (K,)
 
 
-def predictions(loaded, photos):
+def ask_networks(loaded, photos):
     """A `Prediction` of each network."""
     classes, found = list(loaded[0][1]["classes"]), []
     for network, facts in loaded:
@@ -222,7 +222,7 @@ def figure(options):
         titles = truth
     options.font, names = letters(options.font, classes, titles)
     rows = [predicted_row(prediction, classes, names, truth)
-            for prediction in predictions(loaded, photos)]
+            for prediction in ask_networks(loaded, photos)]
     say_grey(rows, options.scale)
     if len(photos) > options.columns:
         print(f"{len(photos)} photos go into blocks of {options.columns}", file=sys.stderr)
@@ -258,7 +258,7 @@ def explain(options):
     options.font, names = letters(options.font, classes, [path.stem for path in paths])
     for path, out in zip(paths, outs, strict=True):
         photo = torch.from_numpy(data.decode(path))
-        found = predictions(loaded, [photo])
+        found = ask_networks(loaded, [photo])
         if out.suffix.lower() == ".html":
             write_explanation(out, photo, path.name, found, (wanted, contrast))
         else:

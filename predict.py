@@ -38,7 +38,7 @@ def predict(options):
         for path in written:
             path.parent.mkdir(parents=True, exist_ok=True)
         table, *archive = [stack.enter_context(files.atomic(path)) for path in written]
-        found = predictions(network, facts, paths)
+        found = ask(network, facts, paths)
         logits = write_maps(archive[0], network, facts, paths, found) if archive else torch.cat(
             [logits for _, _, logits in found])
         table.write(rows_of(paths, logits, facts["classes"], options.top))
@@ -47,7 +47,7 @@ def predict(options):
         print(path)
 
 
-def predictions(network, facts, paths):
+def ask(network, facts, paths):
     """Yields of each photo its size (H, W), its maps (1, K, h, w) and its logits (1, K)."""
     for path in files.progress(paths, "predicting:", len(paths)):
         photo = torch.from_numpy(data.decode(path))
