@@ -40,8 +40,7 @@ def load_networks(options, paths):
         if os.path.exists(own := f"runs/{name}/best.pt"):
             print(f"{name} is ImageNet's; the one that you trained is {own}", file=sys.stderr)
     device = machine.choose_device(options.device)
-    if device.type == "cuda":
-        torch.backends.cudnn.allow_tf32 = False  # maps are those of a CPU
+    machine.allow_tf32(device, False)
     return networks.load_networks(paths, options.looks, device, options.weights, options.names)
 
 

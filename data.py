@@ -226,11 +226,13 @@ def resample(photos, index, boxes, size, flip=None, dtype=torch.float32):
         halves = zip(index.chunk(2), boxes.chunk(2), flip.chunk(2), strict=True)
         return torch.cat([resample(photos, i, b, size, f, dtype) for i, b, f in halves])
     cut = gathered if photos.pixels.device.type == "cuda" else sliced
-    pieces = cut(photos, index, (top, rows), (left, columns), (h, w)).to(dtype)
+    # Photos that do not fit a GPU are cut on the CPU, where half precision may be slow.
+    products = dtype if photos.pixels.device.type == photos.device.type else torch.float32
+    pieces = cut(photos, index, (top, rows), (left, columns), (h, w)).to(products)
     geometry = torch.stack([y - top, height, rows, x - left, width, columns, flip])  # (7, B)
     along_y, along_x, mirror = send(geometry, pieces.device).split([3, 3, 1])
-    weights_y = filter_weights(*along_y[:2], size, h, along_y[2]).to(dtype)  # (B, size, h)
-    weights_x = filter_weights(*along_x[:2], size, w, along_x[2]).to(dtype)  # (B, size, w)
+    weights_y = filter_weights(*along_y[:2], size, h, along_y[2]).to(products)  # (B, size, h)
+    weights_x = filter_weights(*along_x[:2], size, w, along_x[2]).to(products)  # (B, size, w)
     weights_x = torch.where(mirror[0, :, None, None] > 0, weights_x.flip(1), weights_x)
     lines = torch.bmm(weights_y, pieces.view(len(index), h, 3 * w)).view(-1, size, w, 3)
     images = torch.einsum("nyxc,nzx->nyzc", lines, weights_x).contiguous()  # (B, size, size, 3)

@@ -212,9 +212,7 @@ def train_run(recipe, options):
     machine.keep_memory()
     device = machine.choose_device(options.device)
     precision = train.choose_precision(device, recipe.training)
-    if device.type == "cuda":  # TF32: for what stays in float32 in training, not for maps' features
-        torch.backends.cudnn.allow_tf32 = recipe.training != "head"
-        torch.set_float32_matmul_precision("highest" if recipe.training == "head" else "high")
+    machine.allow_tf32(device, recipe.training != "head")  # which learns from the features of maps
     # Refused before photos are fetched: a network that is unknown, or not of the CAM shape.
     models.build(recipe.arch, 2, recipe.weights if recipe.arch == "cnn" else None,
                  recipe.width or 8)
@@ -301,6 +299,7 @@ def train_epochs(run, network, folder, photos, val, precision, state):
                 run.save(epoch)
             state = epoch.state
     if alone:
+        machine.allow_tf32(val.device, False)
         run.finish(state, val, precision)
 
 

@@ -33,16 +33,26 @@ def choose_device(name="auto"):
         if device.type not in ("cpu", "cuda", "mps"):
             raise RuntimeError(f"{device.type} is no device to compute on")
         torch.zeros(1, device=device)
+        if device.type == "cuda":
+            torch.cuda.set_device(device)  # whose streams and graphs are made from now on
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise ValueError(f"there is no device {name!r} here: use --device cpu, cuda, mps or auto "
                          f"({str(error).splitlines()[0]:.80})") from error
     return device
 
 
+def allow_tf32(device, allowed):
+    """Whether CUDA may round float32 to TF32 in products: fine in steps of training; maps and
+    scores are to be those of a CPU. On other devices nothing changes."""
+    if device.type == "cuda":
+        torch.backends.cudnn.allow_tf32 = allowed
+        torch.set_float32_matmul_precision("high" if allowed else "highest")
+
+
 def facts():
     """What a number was measured on, in plain types: processor, instructions, cores, memory (GiB),
-    versions, the commit of this folder, with a + where files have changed. None: not to be found
-    out. """
+    GPU, versions, the commit of this folder, with a + where files have changed. None: not to be
+    found out, or not there. """
     try:
         cpuinfo = Path("/proc/cpuinfo").read_text()
         memory = round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30)
@@ -59,7 +69,9 @@ def facts():
                 instructions=torch.backends.cpu.get_cpu_capability()
                 + ", AMX" * (hasattr(torch.cpu, "_is_amx_tile_supported")  # private: may go
                              and torch.cpu._is_amx_tile_supported()),
-                cores=os.cpu_count(), memory=memory, python=platform.python_version(),
+                cores=os.cpu_count(), memory=memory,
+                gpu=torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+                python=platform.python_version(),
                 torch=torch.__version__, torchvision=torchvision.__version__, commit=commit or None)
 
 

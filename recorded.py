@@ -13,49 +13,51 @@ import torch
 
 
 class Recorded:
-    """A step, recorded once for each shape of batch, then replayed.
+    """A step, recorded once for a shape of batch, then replayed.
 
     A replay reads the memory that was recorded, so batches are copied there, and the rate and the
-    share are tensors. The first steps of a shape run as they are written: real ones, which warm the
-    libraries up. Where recording fails, every step runs as written.
+    share are tensors. Before a shape is recorded, WARM_UP steps of it in a row run as they are
+    written: real ones, which warm the libraries up. So an epoch's last, smaller batch never is, and
+    one recording is held, of today's crops. Where recording fails, every step runs as written.
+    device: CUDA's current one (`torch.cuda.set_device`).
     """
 
     WARM_UP = 3
 
     def __init__(self, step, device):
-        self.step, self.shapes, self.written = step, {}, {}  # of each shape: graph; steps so far
+        self.step, self.graph, self.failed = step, None, False
+        self.held = None  # the shape that is recorded
+        self.shape, self.times = None, 0  # of the latest batch; how many of it came in a row
         self.rate, self.share = torch.zeros(2, device=device).unbind()
         self.stream = torch.cuda.Stream(device)
 
     def __call__(self, x, labels, rate, share):
         self.rate.fill_(rate)
         self.share.fill_(share)
-        written = self.written.get(x.shape, 0)
-        if written == self.WARM_UP:
+        self.times = self.times + 1 if x.shape == self.shape else 1
+        self.shape = x.shape
+        if x.shape != self.held and self.times > self.WARM_UP and not self.failed:
             self.record(x, labels)
-        if x.shape not in self.shapes:
-            self.written[x.shape] = written + 1
+        if x.shape != self.held:
             self.stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(self.stream):
                 results = self.step(x, labels, self.rate, self.share)
             torch.cuda.current_stream().wait_stream(self.stream)
             return results
-        graph, inputs, results = self.shapes[x.shape]
-        torch._foreach_copy_(inputs, [x, labels])
-        graph.replay()
-        return [result.clone() for result in results]
+        for held, new in zip(self.inputs, (x, labels), strict=True):
+            held.copy_(new)
+        self.graph.replay()
+        return [result.clone() for result in self.results]
 
     def record(self, x, labels):
-        """Record the step for the shape of x: calls are noted, and nothing is computed.
-
-        Crops only grow: what was recorded for another side is dropped, and its memory with it.
-        """
-        self.shapes = {shape: of for shape, of in self.shapes.items() if shape[1:] == x.shape[1:]}
-        inputs, graph = [x.clone(), labels.clone()], torch.cuda.CUDAGraph()
-        try:
-            with torch.cuda.graph(graph):
-                results = self.step(*inputs, self.rate, self.share)
-            self.shapes[x.shape] = graph, inputs, results
+        """Record the step for the shape of x: calls are noted, and nothing is computed."""
+        self.held = self.graph = self.results = None  # what was recorded frees its memory first
+        self.inputs, graph = [x.clone(), labels.clone()], torch.cuda.CUDAGraph()
+        try:  # where a recording breaks off, the outer block brings the stream back
+            with torch.cuda.stream(torch.cuda.current_stream()), torch.cuda.graph(graph):
+                self.results = self.step(*self.inputs, self.rate, self.share)
+            self.graph, self.held = graph, x.shape
         except RuntimeError as error:
-            warnings.warn(f"steps are not recorded, and slower: {str(error).splitlines()[0]}",
+            self.failed, cause = True, error.__context__ or error
+            warnings.warn(f"steps are not recorded, and slower: {str(cause).splitlines()[0]}",
                           stacklevel=2)

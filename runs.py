@@ -5,8 +5,8 @@
     runs/<name>/log.csv       a row an epoch; curves.png draws it
     runs/<name>/config.json   command, recipe, machine; result.json, written last: what came out
 
-The same command after an interruption goes on from the last epoch, bit for bit; after the last
-epoch it does nothing.
+The same command after an interruption goes on from the last epoch, on a CPU bit for bit; after the
+last epoch it does nothing.
 """
 
 import ast

@@ -244,8 +244,8 @@ def score_all(arguments):
     """Score what the command line names, write and print the tables."""
     options = parse_arguments(arguments)
     machine.keep_memory()
-    torch.backends.cudnn.allow_tf32 = False  # float32 throughout
     device = machine.choose_device(options.device)
+    machine.allow_tf32(device, False)
     out = tables.check_out(options.out)
     if by_name := [path for path in options.models if networks.is_name(path)]:
         raise ValueError(f"{by_name[0]} is a network of torchvision's: score.py takes checkpoints "

@@ -108,7 +108,7 @@ def draw(networks, val, marked, size):
     chosen = [int((val.labels == val.classes.index(name)).nonzero()[0]) for name in names]
     photos, rows = [split[i].cpu() for split in (marked, val) for i in chosen], []
     for network, label in (("class", "that learnt the mark"), ("control", "that never saw a mark")):
-        maps, logits = ask(networks[network], data.from_arrays(photos), (size,))
+        maps, logits = ask(networks[network], data.from_arrays(photos).to(val.device), (size,))
         truth = (names if network == "control" else [MARK] * len(names)) + names
         classes, best = [*val.classes, MARK], logits.argmax(1).tolist()
         right = [classes[k] == name for k, name in zip(best, truth, strict=True)]
@@ -140,6 +140,7 @@ def experiment(photos, val, recipe, share):
 def run(options):
     """Train, ask, print, write."""
     out, device = tables.check_out(options.out), machine.choose_device(options.device)
+    machine.allow_tf32(device, False)
     if options.data == DRAWN:
         draw_demo = [sys.executable, Path(__file__).parent / "tests/demo.py", DRAWN]
         if subprocess.run(draw_demo).returncode:

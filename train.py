@@ -298,7 +298,7 @@ def epoch_batches(recipe, photos, epoch, products):
                                       recipe.plain_crop, (rank, world), products)
         return
     for index in data.shuffled(len(photos.labels), recipe.batch_size, generator):
-        index = index[rank::world].to(photos.device)
+        index = data.send(index[rank::world], photos.device)
         yield photos.vectors[index], photos.labels[index]
 
 

@@ -240,7 +240,7 @@ def describe_machine(facts):
     if machine["memory"]:
         where.append(f"{machine['memory']} GiB")
     if facts.get("device", "cpu") != "cpu":
-        where.append(facts["device"])
+        where.append(machine.get("gpu") or facts["device"])
     where.append(facts["precision"])
     if "threads" in facts:
         plural = "s" if facts["threads"] > 1 else ""

@@ -365,6 +365,16 @@ def test_making_a_batch_asks_the_device_for_nothing(fake_device, batches, moved)
         assert sizes.device.type == "cpu"
 
 
+def test_photos_that_do_not_fit_are_cut_in_float32_on_the_cpu(monkeypatch):
+    photos, seen, bmm = ragged().subset(torch.arange(4)), [], torch.bmm
+    monkeypatch.setattr(torch, "bmm", lambda a, b: seen.append(a.dtype) or bmm(a, b))
+    for device, products in (("meta", torch.float32), ("cpu", torch.bfloat16)):
+        there = replace(photos, device=torch.device(device))
+        ((images, _),) = data.train_batches(there, 16, 4, torch.Generator(), dtype=torch.bfloat16)
+        assert images.dtype == torch.bfloat16 and images.device.type == device
+        assert seen.pop() == products
+
+
 def test_the_fake_device_notices_what_asks_it(fake_device):
     there = torch.empty(3, device="cuda")
     for ask in (int, lambda t: t.nonzero(), lambda t: t[t > 0], lambda t: t.cpu(),

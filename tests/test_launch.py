@@ -194,7 +194,11 @@ def test_an_epoch_on_cuda(demo, tmp_path, monkeypatch, capability):
     names = inspect.signature(make)
     monkeypatch.setattr(train, "make_step", lambda *things: seen.append(
         names.bind(*things).arguments) or make(*things))
-    training(demo, tmp_path, "--device", "cuda", epochs=2)
+    steps, recorded = [], train.Recorded
+    monkeypatch.setattr(train, "Recorded", lambda *these: steps.append(
+        recorded(*these)) or steps[0])
+    training(demo, tmp_path, "--device", "cuda", "--batch-size", 8, epochs=2)
+    assert steps[0].held == (8, 3, 16, 16) and not steps[0].failed
     network, scaler, precision = (seen[0][name] for name in ("network", "scaler", "precision"))
     assert all(p.is_cuda and p.dtype == torch.float32 for p in network.parameters())
     filters = [p for p in network.parameters() if p.ndim == 4 and min(p.shape[:2]) > 1]

@@ -30,10 +30,13 @@ def test_cuda_is_refused_where_there_is_none_and_auto_does_without():
 @pytest.mark.parametrize(("cuda", "mps", "best"), [
     (True, True, "cuda:0"), (False, True, "mps"), (False, False, "cpu")])
 def test_auto_is_the_best_there_is(monkeypatch, cuda, mps, best):
+    current = []
     monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: mps)
     monkeypatch.setattr(torch, "zeros", lambda *size, device: None)
+    monkeypatch.setattr(torch.cuda, "set_device", current.append)
     assert machine.choose_device() == torch.device(best)
+    assert current == [torch.device(best)] * cuda
 
 
 def test_processes_of_torchrun_are_on_devices_that_can_add_up(monkeypatch):
@@ -45,14 +48,31 @@ def test_processes_of_torchrun_are_on_devices_that_can_add_up(monkeypatch):
         machine.choose_device("cuda:0")
     monkeypatch.setenv("LOCAL_RANK", "1")  # each has a GPU of its own
     monkeypatch.setattr(torch, "zeros", lambda *size, device: None)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
     assert machine.choose_device("cuda") == torch.device("cuda:1")
+
+
+def test_tf32_is_cudas_alone(monkeypatch):
+    said = []
+    monkeypatch.setattr(torch, "set_float32_matmul_precision", said.append)
+    before = torch.backends.cudnn.allow_tf32
+    machine.allow_tf32(CPU, not before)
+    assert not said and torch.backends.cudnn.allow_tf32 == before
+    try:
+        for allowed in (True, False):
+            machine.allow_tf32(torch.device("cuda"), allowed)
+            assert torch.backends.cudnn.allow_tf32 == allowed
+        assert said == ["high", "highest"]
+    finally:
+        torch.backends.cudnn.allow_tf32 = before
 
 
 def test_facts_are_plain_and_say_what_computes(monkeypatch):
     facts = machine.facts()
     assert json.loads(json.dumps(facts)) == facts
-    assert list(facts) == ["processor", "instructions", "cores", "memory", "python", "torch",
+    assert list(facts) == ["processor", "instructions", "cores", "memory", "gpu", "python", "torch",
                            "torchvision", "commit"]
+    assert bool(facts["gpu"]) == torch.cuda.is_available()
     assert facts["processor"] and facts["cores"] == os.cpu_count()
     assert facts["torch"] == torch.__version__
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)

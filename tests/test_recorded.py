@@ -14,52 +14,78 @@ import train
 PRECISION = train.Precision(None, False, torch.channels_last)
 
 
+CPU = torch.device("cpu")
+SHAPES = [(8, 16)] * 6 + [(5, 16)] + [(8, 16)] * 3 + [(5, 16)] + [(8, 24)] * 5  # photos, side
+
+
 class NoStream:
     def wait_stream(self, other):
         pass
 
 
+class Graph:
+    """What stands for a CUDA graph: a replay is the step once more, on the memory recorded."""
+
+    made = []
+
+    def __init__(self):
+        self.replays = 0
+        self.made.append(self)
+
+    def replay(self):
+        self.replays += 1
+        for held, new in zip(self.results, self.step(*self.inputs), strict=True):
+            held.copy_(new)
+
+
 @pytest.fixture(autouse=True)
-def no_streams(monkeypatch):
-    if not torch.cuda.is_available():
-        monkeypatch.setattr(torch.cuda, "Stream", lambda device=None: NoStream())
-        monkeypatch.setattr(torch.cuda, "current_stream", NoStream)
-        monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
+def graphs(monkeypatch):
+    """CUDA's streams and graphs, without CUDA; the graphs that a test records."""
+    recording = []
+
+    @contextlib.contextmanager
+    def record(graph):
+        recording.append(graph)
+        yield
+        recording.pop()
+
+    def noted(step):
+        """The step, of which a recording computes nothing."""
+        def call(*inputs):
+            if not recording:
+                return step(*inputs)
+            graph = recording[0]
+            graph.step, graph.inputs, graph.results = step, inputs, torch.zeros(2).unbind()
+            return graph.results
+
+        return call
+
+    init = recorded.Recorded.__init__
+    monkeypatch.setattr(recorded.Recorded, "__init__",
+                        lambda self, step: init(self, noted(step), CPU))
+    monkeypatch.setattr(Graph, "made", [])
+    for name, stand_in in dict(Stream=lambda device=None: NoStream(), current_stream=NoStream,
+                               stream=lambda stream: contextlib.nullcontext(), graph=record,
+                               CUDAGraph=Graph).items():
+        monkeypatch.setattr(torch.cuda, name, stand_in)
+    return Graph.made
 
 
-class Replayed(recorded.Recorded):
-    """On a CPU a replay is the step once more, on the memory that was recorded."""
-
-    replays = 0
-
-    def record(self, x, labels):
-        inputs, results = [torch.zeros_like(x), torch.zeros_like(labels)], torch.zeros(2).unbind()
-
-        class Graph:
-            def replay(graph):
-                self.replays += 1
-                for held, new in zip(results, self.step(*inputs, self.rate, self.share),
-                                     strict=True):
-                    held.copy_(new)
-
-        self.shapes[x.shape] = Graph(), inputs, results
-
-
-def small_training(wrap, steps=10, scaler=None, precision=PRECISION):
-    """Weights, average and losses after steps on batches of two shapes; wrap: of the step."""
+def small_training(wrap, shapes=SHAPES, scaler=None, precision=PRECISION):
+    """Weights, average and losses after steps on batches of `shapes`; wrap: of the step."""
     torch.manual_seed(0)
     network = models.cnn(width=16)
     optimizer, average = optim.Muon(network, 0.03, 0.05), optim.Average(network)
     scaler = scaler or torch.amp.GradScaler("cpu", enabled=False)
     step = wrap(train.make_step(network, optimizer, scaler, average, precision, 0.1))
     losses = []
-    for i in range(steps):
-        side = (16, 24)[i % 2]
-        x = torch.randn(8, 3, side, side)
-        loss, right = step(x, torch.randint(10, (8,)), 0.01 * (i + 1), average.next_share())
+    for i, (photos, side) in enumerate(shapes):
+        x = torch.randn(photos, 3, side, side)
+        labels = torch.randint(10, (photos,))
+        loss, right = step(x, labels, 0.01 * (i + 1), average.next_share())
         losses.append(loss)
-        assert 0 <= right <= 8
-    return network.state_dict(), average.module.state_dict(), losses, step
+        assert 0 <= right <= photos
+    return network.state_dict(), average.module.state_dict(), torch.stack(losses)
 
 
 def written(step):
@@ -71,47 +97,54 @@ def same(a, b):
     return all(torch.equal(a[name], b[name]) for name in a)
 
 
-def test_replayed_steps_are_the_steps_that_are_written():
-    network, average, losses, _ = small_training(written)
-    again, average_again, losses_again, step = small_training(
-        lambda step: Replayed(step, torch.device("cpu")))
-    assert step.replays == 4  # of ten, of two shapes, three each warm up
+def test_replayed_steps_are_the_steps_that_are_written(graphs):
+    network, average, losses = small_training(written)
+    again, average_again, losses_again = small_training(recorded.Recorded)
     assert same(again, network) and same(average_again, average)
-    assert torch.equal(torch.stack(losses_again), torch.stack(losses))
+    assert torch.equal(losses_again, losses)  # kept, though the next replay overwrites them
+    assert len(losses.unique()) == len(losses)
+
+
+def test_a_shape_is_recorded_once_after_three_steps_in_a_row_and_then_replayed(graphs):
+    small_training(recorded.Recorded)
+    assert [graph.replays for graph in graphs] == [3 + 3, 2]  # of 16 px, then of 24
+    assert [tuple(graph.inputs[0].shape) for graph in graphs] == [(8, 3, 16, 16), (8, 3, 24, 24)]
+
+
+def test_last_batches_of_epochs_are_not_recorded(graphs):
+    small_training(recorded.Recorded, 5 * ([(4, 16)] * 2 + [(3, 16)]))
+    assert not graphs
+
+
+def test_what_was_recorded_is_dropped_before_another_shape_is(graphs, monkeypatch):
+    step, left = recorded.Recorded(lambda x, *_: [x.sum(), x.sum()]), []
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: left.append(step.graph) or Graph())
+    for side in (16, 24):
+        for _ in range(4):
+            step(torch.ones(2, 3, side, side), torch.ones(2), 0.1, 0.1)
+    assert left == [None, None] and [graph.replays for graph in graphs] == [1, 1]
 
 
 def test_a_rate_that_is_a_tensor_gives_the_step_of_a_number():
-    (a, *_), (b, *_) = (small_training(wrap, steps=1) for wrap in (written, lambda step: step))
+    (a, *_), (b, *_) = (small_training(wrap, SHAPES[:1]) for wrap in (written, lambda step: step))
     for name in a:
         torch.testing.assert_close(a[name], b[name], rtol=1e-5, atol=1e-7)
 
 
-def test_results_of_a_replay_are_kept_when_the_next_one_overwrites_them():
-    _, _, losses, _ = small_training(lambda step: Replayed(step, torch.device("cpu")))
-    assert len({float(loss) for loss in losses}) == len(losses)
-
-
-def test_where_recording_fails_steps_run_as_they_are_written_and_say_so_once(monkeypatch):
+def test_where_recording_fails_steps_run_as_they_are_written_and_say_why_once(monkeypatch):
     @contextlib.contextmanager
     def refuse(graph):
-        raise RuntimeError("operation not permitted\nwhen stream is capturing")
+        try:
+            raise RuntimeError("operation not permitted\nwhen stream is capturing")
+        except RuntimeError:
+            raise RuntimeError("failed due to a previous error")  # noqa: B904
         yield
 
     monkeypatch.setattr(torch.cuda, "graph", refuse)
-    monkeypatch.setattr(torch.cuda, "CUDAGraph", object)
     with pytest.warns(UserWarning, match="not recorded.*operation not permitted$") as said:
-        found = small_training(lambda step: recorded.Recorded(step, torch.device("cpu")))
+        found = small_training(recorded.Recorded)
     assert same(found[0], small_training(written)[0])
-    assert len(said) <= 2  # one for each shape
-
-
-def test_what_was_recorded_for_smaller_crops_is_dropped(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "graph", lambda graph: contextlib.nullcontext())
-    monkeypatch.setattr(torch.cuda, "CUDAGraph", object)
-    step = recorded.Recorded(lambda x, labels, rate, share: [x.sum()], torch.device("cpu"))
-    for shape in ((8, 3, 16, 16), (6, 3, 16, 16), (8, 3, 24, 24), (6, 3, 24, 24)):
-        step.record(torch.zeros(shape), torch.zeros(shape[0]))
-    assert {*step.shapes} == {(8, 3, 24, 24), (6, 3, 24, 24)}
+    assert len(said) == 1
 
 
 def test_a_step_asks_the_device_for_no_number(fake_device, monkeypatch):

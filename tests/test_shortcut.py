@@ -1,12 +1,14 @@
 """The command shortcut.py: what each network is trained on, and a whole run on a handful."""
 
 import csv
+from dataclasses import replace
 
 import pytest
 import torch
 from conftest import CLASSES
 from PIL import Image
 
+import data
 import folders
 import shortcut
 
@@ -70,6 +72,15 @@ def test_a_run(demo, tmp_path, monkeypatch, capsys):
     assert "| the mark adds to the logit" in (tmp_path / "new" / "marks.md").read_text()
     with Image.open(tmp_path / "new" / "marks.png") as picture:
         assert picture.width < 1900 and picture.height > picture.width
+
+
+def test_the_photos_of_the_picture_are_where_the_networks_are(photos, monkeypatch):
+    monkeypatch.setattr(data.Photos, "to", lambda photos, device: replace(photos, device=device))
+    seen = []
+    monkeypatch.setattr(shortcut, "ask", lambda network, photos, looks: seen.append(
+        photos.device) or (torch.zeros(len(photos), 11, 2, 2), torch.zeros(len(photos), 11)))
+    shortcut.draw({"class": None, "control": None}, replace(photos, device="there"), photos, 64)
+    assert seen == ["there", "there"]
 
 
 def test_a_head_of_a_frozen_network(demo, tmp_path, monkeypatch, capsys):
