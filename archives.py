@@ -13,6 +13,7 @@ import json
 import os
 import re
 import shutil
+import ssl
 import stat
 import sys
 import tarfile
@@ -51,6 +52,10 @@ def download(url, target, size, md5, tries=6, timeout=30):
         except (urllib.error.URLError, http.client.HTTPException, TimeoutError,
                 ConnectionError) as error:
             failure, status = error, getattr(error, "code", 500)
+            if isinstance(getattr(error, "reason", None), ssl.SSLCertVerificationError):
+                raise ValueError(f"the certificate of {url} cannot be checked ({error.reason}): on "
+                                 "macOS run \"Install Certificates.command\" in Python's folder, "
+                                 "or get the archive elsewhere and name it with DATA=") from error
             if status < 500 and status != 429:
                 raise ValueError(f"{url} answers {status} ({error.reason}): get the archive "
                                  "elsewhere and name it with DATA=path/to/imagenette2-160.tgz"
@@ -67,7 +72,7 @@ def download(url, target, size, md5, tries=6, timeout=30):
         part.unlink()
         raise ValueError(f"{url} gave {have:,} bytes with md5 {digest}, not {size:,} with {md5}: "
                          "removed, try again")
-    os.replace(part, target)
+    files.replace(part, target)
 
 
 def fetch(url, part, have, size, timeout, label):
@@ -158,6 +163,10 @@ def refuse_harm(archive, entries, room):
         if path.anchor or ".." in path.parts:
             raise ValueError(f"{archive} would write outside its folder ({entry.name}): not "
                              "unpacked")
+        strange = any(re.search(r'[<>:"|?*]|[. ]$', part) for part in path.parts)
+        if files.WINDOWS and strange and isinstance(entry.info, tarfile.TarInfo):
+            raise ValueError(f"{archive} holds {entry.name}, and Windows has no such names: unpack "
+                             "it, rename that, and name the folder")
 
 
 def unpack(archive, folder):
@@ -197,10 +206,10 @@ def extract(archive, folder, stamp, inner_folder, check):
             numbers = itertools.chain([""], itertools.count(2))
             before = next(path for path in (Path(f"{folder}.before{n}") for n in numbers)
                           if not path.exists())
-            os.replace(folder, before)
+            files.replace(folder, before)
             print(f"{folder} came from another {archive.name}: it is kept as {before}",
                   file=sys.stderr)
-        os.replace(top, folder)
+        files.replace(top, folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     print(f"{folder}: {count:,} entries unpacked in {time.time() - started:.1f} s",

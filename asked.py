@@ -149,7 +149,8 @@ def explanation_names(photos, models, words, out):
         shown = "-".join([*map(name_of, models), *map(plain, words)])
         # A file's name has 255 bytes at most, those of a half-written one included.
         stems = [f"{shortened(photo.stem, 100)}-{shortened(shown, 120)}" for photo in photos]
-        numbers = [stems[:i].count(stem) + 1 for i, stem in enumerate(stems)]  # of equal names
+        equal = [unicodedata.normalize("NFC", stem).casefold() for stem in stems]  # to some disks
+        numbers = [equal[:i].count(stem) + 1 for i, stem in enumerate(equal)]
         names = [out / (f"{stem}-{number}.png" if number > 1 else f"{stem}.png")
                  for stem, number in zip(stems, numbers, strict=True)]
     for name in names:

@@ -28,8 +28,9 @@ try:
 except ImportError:  # Windows has none: there no process waits for another
     fcntl = None
 
+WINDOWS = os.name == "nt"
 NO_MEMORY = ("out of memory", "can't allocate memory", "not enough memory", "ALLOC_FAILED",
-             "MemoryError")
+             "MemoryError", "Invalid buffer size")
 NO_OUTPUT = errno.EPIPE, errno.ENOSPC  # a stream was closed, or goes to a disk that is full
 
 
@@ -45,13 +46,38 @@ def atomic(path):
             yield file
             file.flush()
             os.fsync(file.fileno())
-        os.replace(part, path)
+        replace(part, path)
     except OSError as error:  # a full disk names no file of its own accord
         named = error.filename if error.filename != str(part) else None
         raise OSError(error.errno, error.strerror, named or str(path)) from error
     finally:
         with contextlib.suppress(OSError):  # of a disk that has become read-only
             part.unlink(missing_ok=True)
+
+
+def replace(part, path):
+    """`os.replace`; on Windows, which refuses while anyone has the file open, a virus scanner too,
+    it is tried for three seconds. An OSError names `path`."""
+    for pause in (0.1, 0.3, 0.9, 1.7, None) if WINDOWS else (None,):
+        try:
+            return os.replace(part, path)
+        except OSError as error:
+            if pause is None or not isinstance(error, PermissionError):
+                raise OSError(error.errno, error.strerror, str(path)) from error
+        time.sleep(pause)
+
+
+def takes_files(folder):
+    """Whether files may be made in a folder; on Windows only a try tells."""
+    if not WINDOWS:
+        return os.access(folder, os.W_OK)
+    probe = Path(folder, f"probe.{os.getpid()}.part")
+    try:
+        probe.touch()
+        probe.unlink()
+    except OSError:
+        return False
+    return True
 
 
 def write(path, contents):
@@ -65,7 +91,7 @@ def make_writable(folder, advice):
     """Make a folder that can be written to; ValueError with `advice` where that is impossible."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        reason = "" if os.access(folder, os.W_OK) else "read-only"
+        reason = "" if takes_files(folder) else "read-only"
     except OSError as error:
         reason = error.strerror
     if reason:
@@ -74,8 +100,9 @@ def make_writable(folder, advice):
 
 def check_place(path, option="--out"):
     """Raise ValueError, before any work, where no file can be written at `path`, of an option."""
-    there = next(above for above in Path(path).absolute().parents if above.exists())
-    if not (there.is_dir() and os.access(there, os.W_OK)):
+    parents = Path(path).absolute().parents
+    there = next((above for above in parents if above.exists()), parents[-1])  # a drive not there
+    if not (there.is_dir() and takes_files(there)):
         reason = "is read-only" if there.is_dir() else "is no folder that takes files"
         raise ValueError(f"{path} cannot be written, for {there} {reason}: name another place with "
                          f"{option}")

@@ -223,7 +223,7 @@ def prepare(source=None, root="data"):
 def pixels_path(folder, split):
     """The packed file of a split: in the photos' folder, or in ./data where that is read-only."""
     folder = Path(folder)
-    if os.access(folder, os.W_OK):
+    if files.takes_files(folder):
         return folder / f"{split}.pixels"
     folder, cache = folder.resolve(), Path("data")
     files.make_writable(cache, f"the pixels of {folder}, which is read-only, go there: run this "
@@ -286,6 +286,8 @@ def load(folder, split, skip_bad=False, side=None):
             except PermissionError as error:  # Windows replaces no file that a process has mapped
                 index = data.read_index(packed)  # by another process, perhaps the same
                 if not settings.items() <= index.items():
+                    if not packed.exists():
+                        raise
                     raise ValueError(f"{packed} cannot be replaced ({error.strerror}): end what "
                                      "uses it") from error
     if index["bad"]:

@@ -25,7 +25,8 @@ def system_fonts():
     """The fonts of this system, plain ones first: upright, without serifs, of a short name."""
     found = [Path(folder, name) for place in FOLDERS
              for folder, _, names in os.walk(os.path.expanduser(place)) for name in names]
-    found = [path for path in found if path.suffix.lower() in SUFFIXES]
+    found = [path for path in found if path.suffix.lower() in SUFFIXES
+             and not path.stem.startswith("LastResort")]  # a Mac's, of a box for every letter
     return sorted(found, key=lambda path: ("sans" not in path.stem.lower(), len(path.stem), path))
 
 

@@ -8,6 +8,7 @@ training, with another learning rate or seed, starts at once.
 
 import contextlib
 import hashlib
+import os
 from pathlib import Path
 from typing import NamedTuple
 
@@ -63,11 +64,12 @@ def store(network, photos, size, path, label="features:"):
     """The `Features` of photos. What `path` holds of them is read, and the rest computed."""
     count, channels = len(photos), network.head.in_features
     batch_size = 16 if photos.device.type == "cpu" else 256
-    with files.lock(path), named(path), open(path, "ab") as file:
-        done = file.tell() // (4 * channels)
+    path.touch()
+    with files.lock(path), named(path), open(path, "r+b") as file:
+        done = file.seek(0, os.SEEK_END) // (4 * channels)
         if done < count:
             done -= done % batch_size  # the same batches as without a kill: the same bits
-            file.truncate(4 * channels * done)
+            file.seek(4 * channels * done)  # two processes without a lock write the same there
             rest = photos.subset(torch.arange(done, count))
             batches = frozen_vectors(network, rest, size, batch_size)
             for vectors in files.progress(batches, label, len(rest), size=len):

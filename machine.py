@@ -9,6 +9,7 @@ import os
 import platform
 import re
 import subprocess
+import sys
 from pathlib import Path
 
 import torch
@@ -22,8 +23,8 @@ def choose_device(name="auto"):
     """
     processes = int(os.environ.get("WORLD_SIZE") or 1)  # of torchrun
     if name == "auto":
-        mps = torch.backends.mps.is_available() and processes == 1  # it adds up no gradients
-        name = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
+        name = ("cuda" if torch.cuda.is_available() else
+                "mps" if processes == 1 and mps_computes() else "cpu")  # it adds up no gradients
     if processes > 1 and name.startswith("cuda:"):
         raise ValueError(f"--device {name} would put all {processes} processes on one GPU: use "
                          "--device cuda")
@@ -39,6 +40,19 @@ def choose_device(name="auto"):
         raise ValueError(f"there is no device {name!r} here: use --device cpu, cuda, mps or auto "
                          f"({str(error).splitlines()[0]:.80})") from error
     return device
+
+
+def mps_computes():
+    """Whether there is an MPS device that computes: that of a virtual Mac holds nothing."""
+    if not torch.backends.mps.is_available():
+        return False
+    try:
+        torch.zeros(1, device="mps")
+    except RuntimeError as error:
+        print(f"MPS is here and does not compute ({str(error).splitlines()[0]:.80}): the CPU does",
+              file=sys.stderr)
+        return False
+    return True
 
 
 def allow_tf32(device, allowed):
@@ -78,7 +92,7 @@ def facts():
 def keep_memory():
     """Let glibc keep freed memory for the next tensor: asking the kernel for each large one anew,
     page by page, costs passes of large images on a CPU dearly. Nothing where there is no glibc."""
-    if platform.libc_ver()[0] == "glibc":
+    if sys.platform == "linux" and platform.libc_ver()[0] == "glibc":
         libc, M_TRIM_THRESHOLD, M_MMAP_MAX = ctypes.CDLL(None), -1, -4
         libc.mallopt(M_MMAP_MAX, 0)
         libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)

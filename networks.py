@@ -12,6 +12,7 @@ Copy cam.py, models.py, data.py and files.py with it.
 import difflib
 import sys
 import unicodedata
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -227,10 +228,11 @@ def predict_with_maps(network, facts, photos):
     Raises ValueError: its maps do not explain its logits, or it has no probabilities.
     """
     network = getattr(network, "module", network)  # of DataParallel
-    predicted = []
+    weight, predicted = next(network.parameters()), []
     for photo in photos:  # one by one: sizes differ, and a photo can be large
-        ((images, _),) = data.eval_batches(data.from_arrays([photo]), facts["size"], 1)
-        images = normalised(images, facts).to(next(network.parameters()))  # device, float type
+        alone = replace(data.from_arrays([photo]), device=weight.device)
+        ((images, _),) = data.eval_batches(alone, facts["size"], 1)
+        images = normalised(images, facts).to(weight.dtype)
         predicted.append([values.cpu() for values in cam.explain(network, images)])
     maps, logits = (torch.cat(values) for values in zip(*predicted, strict=True))
     check_outputs("the network", logits.shape[1])

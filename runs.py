@@ -57,7 +57,7 @@ class Run:
                           how=how[recipe.training],
                           accuracy_on="held-out train" if recipe.holdout else "val",
                           accuracy_n=len(val), settings=self.settings, code=code_digest(),
-                          trained_on=list(photos.digests), data=source and str(source))
+                          trained_on=list(photos.digests), data=source and Path(source).as_posix())
         self.rows = []  # of the log
         self.best = None  # state dict of the best epoch's network
         self.accuracies = {}  # of that, by its looks
@@ -189,10 +189,14 @@ class Run:
         writer = csv.DictWriter(text, self.rows[0])
         writer.writeheader()
         writer.writerows(self.rows)
-        files.write(self.folder / "log.csv", text.getvalue().encode())
         imagenette = self.facts["classes"] == list(data.CLASSES.values())
         to_beat = REPORT.get(self.recipe.training) if imagenette else None
-        files.write(self.folder / "curves.png", draw_curves(self.rows, to_beat))
+        try:
+            files.write(self.folder / "log.csv", text.getvalue().encode())
+            files.write(self.folder / "curves.png", draw_curves(self.rows, to_beat))
+        except PermissionError as error:  # on Windows: somebody looks at it
+            print(f"{error.filename} cannot be replaced ({error.strerror}): close what has it "
+                  "open; the next epoch, or the same command, writes it", file=sys.stderr)
 
     def finish(self, state, val, precision):
         """Write result.json, the last file of a run. The best weights get the accuracy of all their

@@ -159,6 +159,7 @@ def localisation(maps, boxes, n, same=False):
     "all". same: a seed's maps are one, a control. Best thresholds are the literature's, there to be
     compared; no interval of theirs holds.
     """
+    maps = maps.cpu()  # photo after photo is slow on a device, and MPS has no minimum of integers
     per_seed = [(metrics.best_iou_per_threshold(of_seed[:1] if same else of_seed, boxes),
                  metrics.pointing_game(of_seed, boxes), *metrics.area_and_share(of_seed, boxes))
                 for of_seed in maps]
@@ -285,7 +286,7 @@ def score_all(arguments):
     tables.write(out, tables.texts(results, notes, run), pictures)
     print(tables.summary(results, list(named)), *notes,
           f"written: {out}.md, .csv, .tex, .json, -confusion-*.png; in LaTeX "
-          f"\\usepackage{{booktabs}} and \\input{{{out}.tex}}", sep="\n")
+          f"\\usepackage{{booktabs}} and \\input{{{Path(out).as_posix()}.tex}}", sep="\n")
 
 
 def parse_arguments(arguments):
@@ -295,7 +296,7 @@ def parse_arguments(arguments):
         formatter_class=files.Help)
     add = parser.add_argument
     add("models", nargs="+", type=files.path,
-        help="checkpoints (runs/*/best.pt); differences are to the first")
+        help="checkpoints, runs/cnn/best.pt; differences are to the first")
     add("--data", default=folders.IMAGENETTE, type=files.path,
         help="folder or archive of photos in class folders")
     add("--boxes", type=files.path,

@@ -168,4 +168,4 @@ def write(out, texts, pictures):
             text = f"{error.strerror}, all tables are as they were"
             raise OSError(error.errno, text, out) from error
         for file in Path(folder).iterdir():
-            os.replace(file, path.parent / file.name)
+            files.replace(file, path.parent / file.name)

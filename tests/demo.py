@@ -12,7 +12,6 @@ numbers come from (seed, split, class, index): same seed, same bytes, however ma
 import argparse
 import colorsys
 import json
-import os
 import sys
 import tempfile
 from pathlib import Path
@@ -350,7 +349,7 @@ def draw(folder, train=60, val=20, seed=0):
                                   "another")
         print(f"{folder} holds these photos already")
         return
-    folder.parent.mkdir(parents=True, exist_ok=True)
+    files.make_writable(folder.parent, "name a folder elsewhere")
     with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as scratch:
         new, boxes, sizes = Path(scratch, "demo"), [], []
         for s, (split, count) in enumerate([("train", train), ("val", val)]):
@@ -365,7 +364,7 @@ def draw(folder, train=60, val=20, seed=0):
         (new / "localization.txt").write_text("".join(boxes), newline="\n")
         (new / "image_sizes.txt").write_text("".join(sizes), newline="\n")
         (new / "demo.json").write_text(recipe)
-        os.rename(new, folder)
+        files.replace(new, folder)
     print(f"{folder}: {len(boxes)} photos of {len(OBJECTS)} classes")
 
 

@@ -9,7 +9,9 @@ import random
 import re
 import shutil
 import socket
+import ssl
 import tarfile
+import urllib.error
 import zipfile
 from collections import Counter
 
@@ -18,6 +20,7 @@ from conftest import command, contents, made_in, serving
 from PIL import Image
 
 import archives
+import files
 import folders
 
 TENCH = "n01440764"
@@ -69,6 +72,18 @@ def test_an_archive_of_class_folders_from_a_mac(pets, tmp_path):
         file.writestr("__MACOSX/pets/cat/._DSC00000.png", b"no photo")
         file.writestr("pets/cat/.DS_Store", b"no photo")
     assert contents(folders.prepare(archive, tmp_path / "root")) == contents(pets)
+
+
+@pytest.mark.parametrize("name", ["2024 12:30.png", "what?.jpg", "dots./a.jpg", "a:b.jpg"])
+def test_names_that_windows_lacks_are_said_there(pets, tmp_path, monkeypatch, name):
+    archive = pack(tmp_path / "photos.tar", pets, member("./pets/cat/b.jpg"), top="pets/")
+    strange = pack(tmp_path / "strange.tar", pets, member(f"pets/cat/{name}"), top="pets/")
+    monkeypatch.setattr(files, "WINDOWS", True)
+    folders.prepare(archive, tmp_path / "root")
+    with pytest.raises(ValueError, match="Windows has no such names"):
+        folders.prepare(strange, tmp_path / "root")
+    monkeypatch.setattr(files, "WINDOWS", False)
+    folders.prepare(strange, tmp_path / "root")
 
 
 @pytest.mark.parametrize("packing", ["gz", "bz2", "xz"])
@@ -392,6 +407,18 @@ class Server(http.server.ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), Answer)
         self.payload, self.replies, self.requests = PAYLOAD, ["ranges"], []
         self.url = f"http://127.0.0.1:{self.server_port}/photos.tgz"
+
+
+def test_a_certificate_that_cannot_be_checked_is_not_tried_again(tmp_path, monkeypatch):
+    def refuse(*_):
+        tries.append(1)
+        raise urllib.error.URLError(ssl.SSLCertVerificationError("unable to get local issuer"))
+
+    tries = []
+    monkeypatch.setattr(archives, "fetch", refuse)
+    with pytest.raises(ValueError, match="Install Certificates.command.*DATA="):
+        archives.download("https://there/a.tgz", tmp_path / "a.tgz", 10, "")
+    assert tries == [1]
 
 
 class Answer(http.server.BaseHTTPRequestHandler):

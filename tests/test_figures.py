@@ -838,6 +838,9 @@ def test_long_names_are_cut_and_told_apart():
              for last in ("church", "tench")]
     assert names[0] != names[1] and all(len(f"{name}.4194304.part".encode()) < 256
                                         for name in names)
+    folder = Path("figures")
+    twice = asked.explanation_names([Path("a/Cat.jpg"), Path("b/cat.jpg")], ["cnn"], [], folder)
+    assert len({str(path).casefold() for path in twice}) == 2  # one file on a Mac's disk
     ((odd,),) = [asked.explanation_names([photo], ["cnn"], ["\udce9"], Path("figures"))]
     assert odd.suffix == ".png"  # no letter in this terminal's code
 

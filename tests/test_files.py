@@ -1,6 +1,7 @@
 """files.py: whole files, locks, progress, options, and errors that are one sentence."""
 
 import argparse
+import contextlib
 import errno
 import io
 import os
@@ -68,6 +69,42 @@ def test_a_disk_that_is_full_at_the_very_end_keeps_the_older_file(tmp_path, monk
     with pytest.raises(OSError, match="file"):
         files.write(path, b"new")
     assert os.listdir(tmp_path) == ["file"] and path.read_bytes() == b"old"
+
+
+@pytest.mark.parametrize(("windows", "opened", "tries"), [
+    (True, 2, 3), (True, 99, 5), (False, 99, 1)])
+def test_on_windows_a_file_that_is_open_elsewhere_is_waited_for(tmp_path, monkeypatch, windows,
+                                                                opened, tries):
+    replace, asked, slept = os.replace, [], []
+
+    def refuse(*paths):
+        asked.append(paths)
+        if len(asked) <= opened:
+            raise PermissionError(errno.EACCES, "in use", *map(str, paths))
+        replace(*paths)
+
+    monkeypatch.setattr(files, "WINDOWS", windows)
+    monkeypatch.setattr(os, "replace", refuse)
+    monkeypatch.setattr(files.time, "sleep", slept.append)
+    path = tmp_path / "log.csv"
+    with pytest.raises(PermissionError) if opened == 99 else contextlib.nullcontext() as error:
+        files.write(path, b"new")
+    assert len(asked) == tries == len(slept) + 1 and sum(slept) <= 3
+    assert path.exists() == (opened < 99) and not [*tmp_path.glob("*.part")]
+    assert opened < 99 or error.value.filename == str(path)
+
+
+def test_on_windows_only_a_try_tells_whether_a_folder_takes_files(tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "WINDOWS", True)
+    assert files.takes_files(tmp_path) and not [*tmp_path.iterdir()]
+    assert not files.takes_files(tmp_path / "missing")
+
+
+def test_a_drive_that_is_not_there_is_a_sentence(monkeypatch):
+    monkeypatch.setattr(files.Path, "exists", lambda path: False)
+    monkeypatch.setattr(files.Path, "is_dir", lambda path: False)
+    with pytest.raises(ValueError, match="cannot be written.*--out"):
+        files.check_place("/there/figure.png")
 
 
 def test_a_file_that_holds_the_same_is_left_alone(tmp_path):

@@ -53,6 +53,13 @@ def test_a_font_of_the_system_is_taken_where_pillows_lacks_a_letter(sans, system
     assert all(face.getname() == ImageFont.truetype(sans, 9).getname() for face in paper.fonts)
 
 
+def test_a_macs_font_of_boxes_is_passed_over(sans, system):
+    shutil.copy(sans, system / f"LastResort{sans.suffix}")
+    assert fonts.system_fonts() == []
+    shutil.copy(sans, system / f"Last{sans.suffix}")
+    assert [path.stem for path in fonts.system_fonts()] == ["Last"]
+
+
 def test_names_without_a_font_are_numbers_and_it_is_said(system, capsys):
     names = ["cat", DOG, "犬?", "fox?"]
     font = fonts.choose(names)

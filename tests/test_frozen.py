@@ -1,10 +1,13 @@
 """frozen.py: the features of photos, computed once, and again only where something has changed."""
 
+import contextlib
+
 import pytest
 import torch
 from conftest import features_one_by_one, frozen_resnet, full_disk
 
 import data
+import files
 import folders
 import frozen
 import models
@@ -56,6 +59,27 @@ def test_a_pass_that_was_killed_goes_on_to_the_same_bits(val, tmp_path, passes, 
         assert torch.equal(frozen.store(network, val, 32, path).vectors, whole)
         assert path.read_bytes() == contents
     assert passes == [20, 20, 20, 4]  # and none where all are there
+
+
+def test_two_passes_without_a_lock_write_the_same(val, tmp_path, monkeypatch):
+    network, path, pass_over = frozen_resnet(), tmp_path / "val.features", frozen.frozen_vectors
+    alone = frozen.compute(network, val, 32).vectors
+
+    def first(*these):
+        yield next(pass_over(*these))
+        raise KeyboardInterrupt
+
+    def overtaken(*these):
+        """Another process writes a batch before this one, which has seen an empty file, does."""
+        monkeypatch.setattr(frozen, "frozen_vectors", first)
+        with pytest.raises(KeyboardInterrupt):
+            frozen.store(network, val, 32, path)
+        yield from pass_over(*these)
+
+    monkeypatch.setattr(files, "lock", lambda path: contextlib.nullcontext())
+    monkeypatch.setattr(frozen, "frozen_vectors", overtaken)
+    assert torch.equal(frozen.store(network, val, 32, path).vectors, alone)
+    assert torch.equal(frozen.store(network, val, 32, path).vectors, alone)  # as the file has them
 
 
 def test_other_weights_sizes_or_photos_have_a_file_of_their_own(val):

@@ -39,6 +39,20 @@ def test_auto_is_the_best_there_is(monkeypatch, cuda, mps, best):
     assert current == [torch.device(best)] * cuda
 
 
+def test_auto_does_without_an_mps_that_holds_nothing(monkeypatch, capsys):
+    def fail(*size, device):
+        if "mps" in str(device):
+            raise RuntimeError("MPS backend out of memory (MPS allocated: 0 bytes)\nmore")
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    monkeypatch.setattr(torch, "zeros", fail)
+    assert machine.choose_device() == CPU
+    assert "does not compute (MPS backend out of memory" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="no device 'mps'"):
+        machine.choose_device("mps")
+
+
 def test_processes_of_torchrun_are_on_devices_that_can_add_up(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
@@ -108,4 +122,7 @@ print(before, faults())
     assert after < before / 10 or after < 100, result
     monkeypatch.setattr(machine.platform, "libc_ver", lambda: ("", ""))
     monkeypatch.setattr(machine.ctypes, "CDLL", lambda name: pytest.fail("called"))
+    machine.keep_memory()
+    monkeypatch.setattr(sys, "platform", "win32")
+    monkeypatch.setattr(machine.platform, "libc_ver", lambda: pytest.fail("called"))
     machine.keep_memory()

@@ -295,6 +295,20 @@ def test_a_class_is_asked_for_by_name_or_number():
         networks.class_index("golfball", many)
 
 
+def test_images_are_made_where_the_network_is(monkeypatch):
+    """So that an MPS device gets them contiguous (`data.resample`)."""
+    class Asked(Exception):
+        pass
+
+    def batches(photos, *_):
+        raise Asked(photos.device)
+
+    network = models.cnn(width=16).to("meta")
+    monkeypatch.setattr(data, "eval_batches", batches)
+    with pytest.raises(Asked, match="meta"):
+        networks.predict_with_maps(network, {"size": 32}, PHOTOS[:1])
+
+
 def test_networks_go_to_the_device_that_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr(nn.Module, "to", lambda self, device: moved.append(str(device)) or self)
     moved = []

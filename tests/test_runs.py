@@ -1,6 +1,7 @@
 """runs.py: what a training leaves, and that nothing that was finished is ever lost."""
 
 import csv
+import errno
 import io
 import json
 import os
@@ -323,6 +324,22 @@ def test_a_finished_run_does_nothing_and_says_so(copied, demo, tmp_path, call, m
     assert result.returncode == 0
     assert f"{EPOCHS} of {EPOCHS} epochs are done" in result.stdout
     assert before == {name: (copied / name).stat().st_mtime_ns for name in before}
+
+
+def test_a_log_that_another_program_has_open_ends_no_training(demo, tmp_path, monkeypatch, capsys):
+    write = files.write
+
+    def refuse(path, contents):
+        if path.name == "log.csv" and len(opened) < 2:  # in Excel, on Windows
+            opened.append(path)
+            raise PermissionError(errno.EACCES, "in use", str(path))
+        write(path, contents)
+
+    opened = []
+    monkeypatch.setattr(files, "write", refuse)
+    training(demo, tmp_path, epochs=3)
+    assert capsys.readouterr().err.count("log.csv cannot be replaced (in use): close") == 2
+    assert len(log(tmp_path / "cnn")) == 3 and (tmp_path / "cnn" / "result.json").exists()
 
 
 @pytest.mark.parametrize("name", ["best.pt", "result.json", "log.csv", "curves.png"])
