@@ -155,7 +155,7 @@ def deletion_and_insertion(network, photos, maps, facts):
 def localisation(maps, boxes, n, same=False):
     """{score: Estimate} of maps (S, N, h, w) of true classes, S seeds; boxes: a list of N.
 
-    The scores are of the first n photos; the others help with thresholds, and with the score of
+    The scores are of the first n photos; the others help with thresholds, and with the scores of
     "all". same: a seed's maps are one, a control. Best thresholds are the literature's, there to be
     compared; no interval of theirs holds.
     """
@@ -171,6 +171,7 @@ def localisation(maps, boxes, n, same=False):
               "share in the box": mean_interval(share[:, :n]),
               "area above half": mean_interval(area[:, :n])}
     if n < len(boxes):
+        scores["pointing game, all"] = mean_interval(pointing)
         scores["MaxBoxAccV2, cross-fitted, all"] = metrics.cross_fitted_interval(ious)
     return scores
 

@@ -21,7 +21,7 @@ from metrics import difference
 
 OWN, RANDOM, SQUARE = "its own map", "random weights", "centred square"  # maps; two are controls
 TO_SQUARE = f"{OWN} minus {SQUARE}"
-SUMMARY = ("accuracy", "accuracy, mean of the classes", "pointing game",
+SUMMARY = ("accuracy", "accuracy, mean of the classes", "pointing game", "pointing game, all",
            "MaxBoxAccV2, cross-fitted", "MaxBoxAccV2, cross-fitted, all", "share in the box",
            "area above half")  # its rows
 BESIDE = 2  # networks beside each other in the summary: more would be wider than 100 columns

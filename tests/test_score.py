@@ -101,11 +101,13 @@ def test_two_networks(command, paths, demo, tmp_path):
         ".md", ".csv", ".tex", ".json", "-confusion-cnn.png", "-confusion-cnn-2.png")}
     lines = lines_of(tmp_path / "t" / "0.15.csv")
     assert lines["accuracy", "cnn", "its own map"]["n"] == "20"
-    assert lines["MaxBoxAccV2, cross-fitted, all", "cnn", "its own map"]["n"] == "40"
+    for name in ("pointing game, all", "MaxBoxAccV2, cross-fitted, all"):
+        assert lines[name, "cnn", "its own map"]["n"] == "40"
     assert lines["MaxBoxAccV2, best thresholds", "cnn", "its own map"]["low"] == ""
     assert lines["pointing game", "cnn", "random weights"]["n"] == "4"
     assert lines["deletion", "cnn", "random weights"]["n"] == "1"
-    for name in ("pointing game", "MaxBoxAccV2, cross-fitted", "MaxBoxAccV2, cross-fitted, all"):
+    for name in ("pointing game", "pointing game, all", "MaxBoxAccV2, cross-fitted",
+                 "MaxBoxAccV2, cross-fitted, all"):
         own, square, difference = (lines[name, "cnn", kind] for kind in (
             "its own map", "centred square", "its own map minus centred square"))
         value, low, high = (float(difference[key]) for key in ("value", "low", "high"))
