@@ -198,6 +198,23 @@ def widened(region, reach):
     return F.max_pool2d(columns, (1, 2 * reach + 1), 1, (0, reach))[0]
 
 
+def spread(seed, region):
+    """A seed in a region, both (H, W) bool, along the region's rows: a run with some has it all."""
+    ends = F.pad(~region, (0, 1), value=True)  # (H, W + 1): where a run ends, with its row at last
+    run = ends.flatten().cumsum(0)  # the number of each pixel's run
+    found = torch.zeros(len(run) + 1).index_add_(0, run, F.pad(seed, (0, 1)).flatten().float())
+    return (found[run] > 0).view_as(ends)[:, :-1] & region
+
+
+def connected(seed, region):
+    """The connected parts of a region that have some of a seed in them; both (H, W) bool."""
+    while True:  # a few times: a run, however long, is one step
+        grown = spread(spread(seed, region).T, region.T).T
+        if torch.equal(grown, seed):
+            return grown
+        seed = grown
+
+
 def outline(photo, class_map, width=1.0, rim=2.4):
     """A photo with a line at half of the map's maximum, `width` px wide, in a rim of `rim` px."""
     photo = as_photo(photo)
@@ -212,9 +229,10 @@ def outline(photo, class_map, width=1.0, rim=2.4):
     # An edge has both sides near; a flat place at half of the maximum has one. A sliver, narrower
     # than the line, has no inside (erosion) and gets no line: it would be a blot.
     reach = math.ceil((rim + 1) / 2)
-    for side in ((height > 0).float(), (height <= 0).float()):
-        inside = 1 - widened(1 - side, reach - 1)
-        distance[widened(side, reach) * widened(inside, 4 * reach) == 0] = torch.inf
+    for side in (height > 0, height <= 0):
+        inside = 1 - widened((~side).float(), reach - 1)
+        part = connected(inside > 0, side).float()
+        distance[widened(part, reach) * widened(inside, 4 * reach) == 0] = torch.inf
     shown = photo.float()
     for grey, thickness in ((255, rim), (20, width)):
         cover = ((thickness + 1) / 2 - distance).clamp(0, 1)[..., None]  # of a pixel by the line

@@ -22,7 +22,7 @@ from conftest import (
     seeded,
     untrained,
 )
-from PIL import Image
+from PIL import Image, ImageDraw
 from torch import nn
 
 import cam
@@ -333,13 +333,15 @@ def test_line_runs_around_what_focus_measures(seed, size):
     cells = randn(5, 6, seed=seed).float()
     pixels = cam.upsample(cells[None], size)[0]
     inside = pixels > pixels.max() / 2  # as score.py's focus
-    wide = [F.max_pool2d(-F.max_pool2d(-part[None].float(), 5, 1, 2), 25, 1, 12)[0] > 0
-            for part in (inside, ~inside)]  # 12 px or less from where the line's width fits in
+    fits = [-F.max_pool2d(-part[None].float(), 5, 1, 2)[0] for part in (inside, ~inside)]
+    wide = [F.max_pool2d(part[None], 25, 1, 12)[0] > 0 for part in fits]  # 12 px or less from that
+    parts = cam.connected(fits[0] > 0, inside) | cam.connected(fits[1] > 0, ~inside)
     line = cam.outline(grey_photo(128, size), cells, 2.0, 4.0).float().mean(2)
     crossed = [inside.narrow(d, 0, size[d] - 1) != inside.narrow(d, 1, size[d] - 1) for d in (0, 1)]
     for d in (0, 1):  # dark wherever the region begins or ends ...
         darker = torch.minimum(line.narrow(d, 0, size[d] - 1), line.narrow(d, 1, size[d] - 1))
-        both = (wide[0] & wide[1]).narrow(d, 0, size[d] - 1) & crossed[d]
+        both = (wide[0] & wide[1] & parts).narrow(d, 0, size[d] - 1) & crossed[d]
+        both &= parts.narrow(d, 1, size[d] - 1)
         assert both.sum() > 0.4 * crossed[d].sum() > 0 and (darker[both] < 90).all()
     near = [F.max_pool2d(part[None, None].float(), 9, 1, 4)[0, 0] for part in (inside, ~inside)]
     assert (line[(near[0] * near[1]) == 0] >= 128).all()  # ... and nowhere else
@@ -349,7 +351,8 @@ def test_what_is_narrower_than_the_line_has_none():
     cells = torch.zeros(60, 60)
     cells[5:25, 5:25] = 1
     cells[14:16, 14:16] = 0  # a hole
-    cells[40:42, 10:50] = 1  # a sliver
+    cells[38:40, 10:50] = 1  # a sliver
+    cells[44:46, 10:30] = 1  # another, near what is wide
     cells[50:56, 10:50] = 1
     changed = (cam.outline(grey_photo(128, (60, 60)), cells, 1.0, 2.4) != 128).any(2)
     edges = torch.zeros(60, 60, dtype=torch.bool)
@@ -360,6 +363,18 @@ def test_what_is_narrower_than_the_line_has_none():
             edges[top:bottom, column] = True
     around = F.max_pool2d(edges[None].float(), 5, 1, 2)[0] > 0
     assert changed[edges].all() and not changed[~around].any()
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_connected_parts_are_those_of_a_flood(seed):
+    region = randn(40, 50, seed=seed) > -0.2  # a maze of rows and columns
+    start = torch.zeros_like(region)
+    start[tuple(region.nonzero()[len(region.nonzero()) // 2])] = True
+    image = Image.fromarray((region.numpy() * 255).astype(np.uint8)).copy()
+    y, x = start.nonzero()[0].tolist()
+    ImageDraw.floodfill(image, (x, y), 100)
+    flooded = torch.from_numpy(np.array(image) == 100)
+    assert torch.equal(cam.connected(start, region), flooded) and flooded.sum() > 1
 
 
 @pytest.mark.parametrize("cells", [-torch.ones(3, 3), torch.zeros(3, 3), -randn(3, 3).abs()])
