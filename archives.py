@@ -163,8 +163,8 @@ def refuse_harm(archive, entries, room):
         if path.anchor or ".." in path.parts:
             raise ValueError(f"{archive} would write outside its folder ({entry.name}): not "
                              "unpacked")
-        strange = any(re.search(r'[<>:"|?*]|[. ]$', part) for part in path.parts)
-        if files.WINDOWS and strange and isinstance(entry.info, tarfile.TarInfo):
+        if (files.WINDOWS and isinstance(entry.info, tarfile.TarInfo)  # zipfile renames them itself
+                and any(re.search(r'[<>:"|?*]|[. ]$', part) for part in path.parts)):
             raise ValueError(f"{archive} holds {entry.name}, and Windows has no such names: unpack "
                              "it, rename that, and name the folder")
 

@@ -10,7 +10,6 @@
 import argparse
 import os
 import sys
-from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -275,7 +274,7 @@ def gallery(options):
     ((network, facts),) = loaded = asked.load_networks(options, models)
     val, weight = load_val(options.data, facts), network.head.weight
     say_trained_on(val, loaded)
-    batches = data.eval_batches(replace(val, device=weight.device), facts["size"], 32)
+    batches = data.eval_batches(val.to(weight.device), facts["size"], 32)
     probabilities = torch.cat([
         network(networks.normalised(images, facts).to(weight.dtype)).softmax(1).cpu()
         for images, _ in batches])

@@ -12,7 +12,6 @@ Copy cam.py, models.py, data.py and files.py with it.
 import difflib
 import sys
 import unicodedata
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -230,7 +229,7 @@ def predict_with_maps(network, facts, photos):
     network = getattr(network, "module", network)  # of DataParallel
     weight, predicted = next(network.parameters()), []
     for photo in photos:  # one by one: sizes differ, and a photo can be large
-        alone = replace(data.from_arrays([photo]), device=weight.device)
+        alone = data.from_arrays([photo]).to(weight.device)
         ((images, _),) = data.eval_batches(alone, facts["size"], 1)
         images = normalised(images, facts).to(weight.dtype)
         predicted.append([values.cpu() for values in cam.explain(network, images)])

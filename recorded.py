@@ -44,8 +44,8 @@ class Recorded:
                 results = self.step(x, labels, self.rate, self.share)
             torch.cuda.current_stream().wait_stream(self.stream)
             return results
-        for held, new in zip(self.inputs, (x, labels), strict=True):
-            held.copy_(new)
+        for recorded, new in zip(self.inputs, (x, labels), strict=True):
+            recorded.copy_(new)
         self.graph.replay()
         return [result.clone() for result in self.results]
 
